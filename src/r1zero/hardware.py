@@ -1,0 +1,137 @@
+"""What is here: nodes, GPUs, memory and free ports. Reads the machine once, so that the plan can be a pure function. No torch."""
+
+import os
+import re
+import socket
+import subprocess
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as ``nvidia-smi`` names it.
+
+    >>> Gpu("NVIDIA A10", 22.5)
+    Gpu(name='NVIDIA A10', memory_gib=22.5)
+    """
+
+    name: str
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine and the GPUs on it that this process may use."""
+
+    host: str
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machines of a run.
+
+    >>> hardware = assumed("1x2:80", ports=(29500, 29501, 29502))
+    >>> len(hardware.nodes), hardware.gpus_per_node
+    (1, 2)
+
+    Attributes:
+        nodes: this machine, or those of the Slurm job.
+        ports: TCP ports that were free on the first node when it was looked at.
+        torch_cpu_only: the installed torch is a CPU build, whatever GPUs there are.
+    """
+
+    nodes: tuple[Node, ...]
+    ports: tuple[int, ...]
+    torch_cpu_only: bool = False
+
+    @property
+    def gpus_per_node(self) -> int:
+        return min(len(node.gpus) for node in self.nodes)
+
+
+class HardwareError(Exception):
+    """The machine could not be read, or the text that describes one is not understood."""
+
+
+def detect() -> Hardware:
+    """Look at this machine, or at the Slurm job that it is a node of (its nodes are taken to be alike)."""
+    gpus = _visible(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    hosts = _slurm_hosts() or (socket.gethostname(),)
+    return Hardware(
+        nodes=tuple(Node(host, gpus) for host in hosts),
+        ports=free_ports(3),
+        torch_cpu_only=_torch_cpu_only(),
+    )
+
+
+def assumed(text: str, ports: tuple[int, ...] | None = None) -> Hardware:
+    """Hardware described as ``NODESxGPUS[:GIB]``, to plan for a machine that one is not on: ``4x8:80``.
+
+    Raises:
+        HardwareError: when the text has another form.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x(\d+)(?::(\d+(?:\.\d+)?))?", text)
+    if match is None:
+        raise HardwareError(f"--hardware {text}: write NODESxGPUS or NODESxGPUS:GIB, for example 1x2 or 4x8:80")
+    nodes, gpus, memory = int(match[1]), int(match[2]), float(match[3] or 80)
+    name = f"GPU, {memory:g} GiB (assumed)"
+    node_gpus = tuple(Gpu(name, memory) for _ in range(gpus))
+    return Hardware(
+        nodes=tuple(Node(f"node{i}", node_gpus) for i in range(nodes)), ports=ports if ports else free_ports(3)
+    )
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> tuple[int, ...]:
+    """`count` distinct TCP ports that are free now. All are held at once while choosing, so that no two are the same."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((host, 0))
+        return tuple(int(each.getsockname()[1]) for each in sockets)
+
+
+def _nvidia_smi() -> tuple[tuple[str, str, Gpu], ...]:
+    """(index, uuid, GPU) of every NVIDIA GPU; none where there is no driver."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[cell.strip() for cell in line.split(",")] for line in found.splitlines() if line.count(",") == 3]
+    return tuple((index, uuid, Gpu(name, round(float(mib) / 1024, 1))) for index, uuid, name, mib in rows)
+
+
+def _visible(gpus: tuple[tuple[str, str, Gpu], ...], visible: str | None) -> tuple[Gpu, ...]:
+    """Those of `gpus` that CUDA_VISIBLE_DEVICES lets through, in its order; like CUDA, it stops at the first unknown one."""
+    if visible is None:
+        return tuple(gpu for _, _, gpu in gpus)
+    chosen = []
+    for entry in (entry.strip() for entry in visible.split(",")):
+        match = [gpu for index, uuid, gpu in gpus if entry == index or (entry and uuid.startswith(entry))]
+        if not match:
+            break
+        chosen.append(match[0])
+    return tuple(chosen)
+
+
+def _slurm_hosts() -> tuple[str, ...]:
+    names = os.environ.get("SLURM_JOB_NODELIST")
+    if not names:
+        return ()
+    try:
+        found = subprocess.run(
+            ["scontrol", "show", "hostnames", names], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HardwareError(f"SLURM_JOB_NODELIST={names} is set, but scontrol could not expand it: {error}") from error
+    return tuple(found.stdout.split())
+
+
+def _torch_cpu_only() -> bool:
+    try:
+        return metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False

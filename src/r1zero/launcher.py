@@ -1,0 +1,195 @@
+"""The one command, top to bottom: recipe, plan, run folder, processes, end. ``launch/run.py`` only calls `main`."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r1zero import recipe as recipes
+from r1zero.library_keys import LibraryKey
+from r1zero.recipe import OwnKeys, Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from r1zero.model_facts import ModelFacts
+    from r1zero.plan import Plan
+    from r1zero.run_folder import RunFolder
+
+MODEL_TIMEOUT_S = 900.0
+
+
+def main(project: Path) -> int:
+    """Run the command line.
+
+    Args:
+        project: the checkout that holds launch/, recipes/ and accelerate_configs/.
+
+    Returns:
+        The exit code: 0 when the run finished, 1 when a process failed, 2 when the recipe cannot run (then nothing was
+        started or written), 130 and 143 after Ctrl-C and SIGTERM.
+    """
+    arguments, overrides = _parser().parse_known_args()
+    # Imported after parsing, so that --help is instant. None of these imports torch.
+    from rich.console import Console
+
+    from r1zero import hardware, model_facts, plan, run_folder
+    from r1zero.tasks.problem import DatasetError
+
+    console = Console(highlight=False)
+    errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    try:
+        recipe = recipes.load(arguments.recipe, overrides)
+        here = hardware.assumed(arguments.hardware) if arguments.hardware else hardware.detect()
+        path = run_folder.default_path(recipe.own.runs_dir, recipe.name, recipe["output_dir"])
+        _refuse_overwriting(recipe, path)
+        facts = _model_facts(recipe, download=not arguments.dry_run)
+        planned = plan.make(recipe, here, path, project, facts)
+        counts = _check_data(recipe, download=not arguments.dry_run)
+    except (RecipeError, DatasetError, hardware.HardwareError, model_facts.ModelNotFound) as error:
+        errors.print(f"error: {error}")
+        return 2
+    if arguments.dry_run:
+        console.print(planned.render(), end="", markup=False, soft_wrap=True)
+        console.print(f"Checked: recipe, plan, {counts}. Dry run: nothing was started or written.")
+        return 0
+    if arguments.hardware:
+        errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
+        return 2
+    folder = run_folder.RunFolder(path).create()
+    if folder.path != path:
+        planned = plan.make(recipe, here, folder.path, project, facts)
+    run_folder.write_yaml(folder.recipe, recipe.resolved())
+    run_folder.write_text(folder.plan, planned.render())
+    gpus = tuple(gpu.name for gpu in here.nodes[0].gpus)
+    run_folder.write_json(folder.versions, run_folder.versions(project, gpus))
+    console.print(planned.render(), markup=False, soft_wrap=True)
+    return _carry_out(planned, folder, console, errors)
+
+
+def _carry_out(planned: "Plan", folder: "RunFolder", console: "Console", errors: "Console") -> int:
+    """Start what the plan says, watch it to its end, stop everything; say how it ended."""
+    from r1zero.policy_server import ServerNotReady, wait_until_ready
+    from r1zero.reporting.display import Display, ending
+    from r1zero.reporting.progress import duration
+    from r1zero.run_folder import read_json, write_json
+    from r1zero.supervisor import Interrupted, ProcessFailed, Supervisor
+
+    began = time.monotonic()
+    try:
+        with Supervisor(folder.path) as supervisor, Display(console, folder) as display:
+            for process in planned.preparations:
+                display.now(f"{process.name}: {folder.path / process.log}")
+                supervisor.run(process, MODEL_TIMEOUT_S, on_tick=display.tick)
+            if planned.server:
+                display.say(f"starting the policy server, log {folder.path / planned.server.log}")
+                supervisor.start(planned.server)
+                assert planned.server_url is not None  # noqa: S101 - a plan with a server has its address
+                waited = wait_until_ready(
+                    planned.server_url,
+                    deadline_s=planned.recipe.own.server_ready_timeout,
+                    check=supervisor.check,
+                    on_tick=lambda seconds: display.now(f"policy server is starting, {duration(seconds)}"),
+                )
+                display.say(f"policy server ready after {duration(waited)}")
+            display.say(f"starting the trainer, log {folder.path / planned.trainer.log}")
+            supervisor.start(planned.trainer)
+            supervisor.wait(planned.trainer.name, on_tick=display.tick)
+            display.finish()
+    except (ProcessFailed, ServerNotReady) as error:
+        return _ended_badly(folder, "failed", str(error), 1, errors)
+    except Interrupted as error:
+        return _ended_badly(folder, "interrupted", str(error), 128 + error.signum, errors)
+    summary = read_json(folder.summary) or {}
+    summary["seconds_in_all"] = round(time.monotonic() - began, 1)
+    write_json(folder.summary, summary)
+    console.print()
+    console.print(ending(summary, folder))
+    console.print(f"finished after {duration(summary['seconds_in_all'])}; look next at")
+    for what, where in (
+        ("the final model", folder.model),
+        ("every completion", folder.path / "rollouts"),
+        ("every step's metrics", folder.metrics),
+        ("what ran", folder.recipe),
+    ):
+        if where.exists():
+            console.print(f"  {what:<22}{where}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _ended_badly(folder: "RunFolder", outcome: str, reason: str, code: int, errors: "Console") -> int:
+    """Write the reason into the run folder, and say it last, so that it is what a log ends with."""
+    from r1zero.run_folder import write_json
+
+    write_json(folder.summary, {"outcome": outcome, "reason": reason})
+    errors.print(f"run folder: {folder.path}")
+    errors.print(f"error: the run {'was interrupted' if outcome == 'interrupted' else 'failed'}: {reason}")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/run.py",
+        description="Train with a recipe: plan it, start the policy server and the trainer, watch them, stop them.",
+        epilog=_keys_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="launch/run.py RECIPE [--dry-run] [--key value ...]",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/tiny/arithmetic_grpo.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, touch nothing")
+    parser.add_argument(
+        "--hardware", metavar="NxG[:GIB]", help="with --dry-run: plan for N nodes of G GPUs, for example 1x2:80"
+    )
+    return parser
+
+
+def _keys_text() -> str:
+    """The list of our keys, as --help prints it."""
+    import textwrap
+
+    lines = ["keys of ours (beside every key of TRL's GRPOConfig or SFTConfig, ModelConfig and ScriptArguments):"]
+    for key in recipes.own_keys().values():
+        lines.append(f"  {key.name}  [{_kind(key)}, default {_default(key)}]")
+        lines += textwrap.wrap(key.help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _kind(key: LibraryKey) -> str:
+    return "|".join(key.choices) if key.choices else "|".join(kind for kind in key.kinds if kind != "none")
+
+
+def _default(key: LibraryKey) -> str:
+    return "empty" if key.default is None else str(key.default)
+
+
+def _refuse_overwriting(recipe: Recipe, path: Path) -> None:
+    if recipe["output_dir"] and path.exists():
+        why = "exists already, and a run never writes over another"
+        raise recipe.fault("output_dir", why, "name another folder, or leave the key out for a fresh one under runs_dir")
+
+
+def _model_facts(recipe: Recipe, download: bool) -> "ModelFacts | None":
+    from r1zero import model_facts
+
+    if recipe.model == recipes.TINY_MODEL:
+        return None
+    try:
+        return model_facts.read(recipe.model, recipe["model_revision"], download=download)
+    except model_facts.ModelNotFound as error:
+        remedy = "mend the id, log in with `hf auth login`, or give a local folder"
+        raise recipe.fault("model_name_or_path", f"cannot be had: {error}", remedy) from error
+
+
+def _check_data(recipe: Recipe, download: bool) -> str:
+    """Load the data once before anything starts: a missing file or a row without a gold must not cost a GPU minute."""
+    from r1zero.tasks import load_problems
+
+    own: OwnKeys = recipe.own
+    data = recipe["dataset_name"]
+    if own.task != "arithmetic" and not download and not (data and Path(data).expanduser().is_dir()):
+        return "data not looked at (it is on the hub)"
+    splits = ["train"] if own.method == "sft" or own.eval_count == 0 else ["train", "test"]
+    found = {split: len(load_problems(own.task, split, data, own.remove_commas)) for split in splits}
+    return "data: " + ", ".join(f"{count} {split} problems" for split, count in found.items())
+

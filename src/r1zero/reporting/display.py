@@ -1,0 +1,87 @@
+"""What a person sees while the launcher runs: it reads the run folder and says what is new. No torch."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from r1zero.reporting import progress
+from r1zero.run_folder import RunFolder, read_json
+
+
+class Display:
+    """On a terminal one line that is rewritten as the run goes; elsewhere (ssh without one, Slurm) a plain line a step."""
+
+    def __init__(self, console: Console, folder: RunFolder) -> None:
+        self.console = console
+        self.folder = folder
+        self._seen = 0
+        self._phase = ""
+        self._line = ""
+        self._next_read = 0.0
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(Text(line), soft_wrap=True)
+
+    def now(self, line: str) -> None:
+        """A line that the next one replaces; shown on a terminal only."""
+        if self._live:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+
+    def tick(self) -> None:
+        """Say what the run folder holds that was not said yet. Cheap: reads the files at most twice a second."""
+        if time.monotonic() < self._next_read:
+            return
+        self._next_read = time.monotonic() + 0.5
+        self._read()
+
+    def finish(self) -> None:
+        """Say what is left to say, at once."""
+        self._read()
+
+    def _read(self) -> None:
+        lines = list(self.folder.read_metrics())
+        for metrics in lines[self._seen :]:
+            if metrics["kind"] == "evaluation":
+                self.say(progress.evaluation_line(metrics))
+            elif self._live:
+                self._line = progress.step_line(metrics)
+            else:
+                self.say(progress.step_line(metrics))
+        self._seen = len(lines)
+        status = read_json(self.folder.status)
+        if status is None:
+            return
+        if status["phase"] != self._phase:
+            self._phase = status["phase"]
+            self.say(self._phase)
+        self.now(self._line if self._phase == "training" and self._line else progress.phase_line(status))
+
+
+def ending(summary: dict[str, Any], folder: RunFolder) -> Table:
+    """The closing table: accuracy before and after with 95 % intervals, and where to look next."""
+    table = Table(box=None, pad_edge=False, header_style="", show_header=bool(summary.get("held_out")))
+    for column in ("held-out accuracy", "mean", "95 % interval", "questions x samples"):
+        table.add_column(column)
+    for when, score in summary.get("held_out", {}).items():
+        table.add_row(
+            f"{when} training",
+            f"{100 * score['mean']:.1f} %",
+            f"{100 * score['low']:.1f} to {100 * score['high']:.1f} %",
+            f"{score['questions']} x {score['samples']}",
+        )
+    return table

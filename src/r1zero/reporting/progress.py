@@ -1,0 +1,56 @@
+"""How a run says where it is: one line a step, the same from the trainer, in the launcher and in a Slurm log. No torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(7.31), duration(135), duration(7300)
+    ('7.3 s', '2 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60} min"
+
+
+def step_line(metrics: Mapping[str, Any]) -> str:
+    """The line of one optimizer step.
+
+    Args:
+        metrics: a line of metrics.jsonl with ``kind`` "step".
+    """
+    words = [f"step {metrics['step']:>{len(str(metrics['steps']))}}/{metrics['steps']}"]
+    if metrics.get("reward") is not None:
+        words.append(f"reward {metrics['reward']:.3f}")
+    elif metrics.get("loss") is not None:
+        words.append(f"loss {metrics['loss']:.4f}")
+    if metrics.get("completions/mean_length") is not None:
+        words.append(f"length {metrics['completions/mean_length']:.0f}")
+    for phase in ("generate", "sync", "train"):
+        if metrics.get(f"seconds/{phase}"):
+            words.append(f"{phase} {metrics[f'seconds/{phase}']:.2f} s")
+    words.append(f"left {duration(metrics['seconds_left'])}")
+    return "  ".join(words)
+
+
+def phase_line(status: Mapping[str, Any]) -> str:
+    """The line of a phase that is not made of steps, such as measuring: name, progress, seconds so far."""
+    line = str(status["phase"])
+    if status.get("total"):
+        line += f"  {status['done']}/{status['total']}"
+        if status.get("seconds_left") is not None:
+            line += f"  left {duration(status['seconds_left'])}"
+    return line
+
+
+def evaluation_line(metrics: Mapping[str, Any]) -> str:
+    """The line of one measurement on held-out problems."""
+    return (
+        f"held-out accuracy at step {metrics['step']}: {100 * metrics['mean']:.1f} % "
+        f"[{100 * metrics['low']:.1f}, {100 * metrics['high']:.1f}]  "
+        f"({metrics['questions']} questions x {metrics['samples']}, {duration(metrics['seconds'])})"
+    )

@@ -1,0 +1,170 @@
+"""The one place that names what a run writes. Evaluation and report read nothing but this folder.
+
+Every file but the append-only ones is written aside and renamed, so that a reader, or a crash, never meets half a file.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = (
+    *("r1zero", "torch", "trl", "transformers", "accelerate", "peft", "datasets", "vllm", "deepspeed"),
+    *("bitsandbytes", "liger-kernel", "wandb"),
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. Paths are fixed; nothing here holds state.
+
+    >>> RunFolder(Path("runs/tiny-arithmetic_grpo-20261121-093000")).metrics.name
+    'metrics.jsonl'
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: every own key, every TRL key given. It can be run again as it is."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as the table that was printed."""
+        return self.path / "plan.txt"
+
+    @property
+    def versions(self) -> Path:
+        """Python, packages, git commit, host, GPUs and command line."""
+        return self.path / "versions.json"
+
+    @property
+    def status(self) -> Path:
+        """What the run does right now: phase, progress, seconds left. Replaced as it goes."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: ``kind`` is "step" or "evaluation"."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended: outcome, scores before and after, seconds, where to look next."""
+        return self.path / "summary.json"
+
+    @property
+    def logs(self) -> Path:
+        """stdout and stderr of each process."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What the trainer saves on the way: checkpoint-N."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The final model (or adapter) with its tokenizer."""
+        return self.path / "model"
+
+    def rollouts(self, step: int, split: str = "train") -> Path:
+        """Parquet of the completions that optimizer step `step` learned from, or that an evaluation there sampled."""
+        return self.path / "rollouts" / f"{split}-{step:06d}.parquet"
+
+    def create(self) -> "RunFolder":
+        """Make the folder; a folder that exists is never written into, a name that is taken gets a number."""
+        for number in range(1, 1000):
+            path = self.path if number == 1 else self.path.with_name(f"{self.path.name}-{number}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            return RunFolder(path)
+        raise FileExistsError(f"{self.path}: a thousand runs of this name exist")
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of `metrics` so far; a last line still being written is left out."""
+        if not self.metrics.exists():
+            return
+        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def default_path(runs_dir: str, recipe_name: str, output_dir: str | None, now: float | None = None) -> Path:
+    """Where a run goes: `output_dir` where the recipe names one, else ``runs_dir/<recipe>-<time>``."""
+    if output_dir:
+        return Path(output_dir)
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return Path(runs_dir) / f"{recipe_name}-{stamp}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
+    """Append one line in one write, so that a reader sees whole lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def versions(project: Path, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What ran: enough to run it again, or to see why it came out otherwise."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "gpus": list(gpus),
+        "python": platform.python_version(),
+        "packages": found,
+        "git_commit": _git(project, "rev-parse", "HEAD"),
+        "git_dirty": bool(_git(project, "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(project: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(project), *args], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,49 @@
+"""The door of one trainer process: arguments, then `grpo.train` or `sft.train`. Imports torch only once they are right."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from r1zero import recipe as recipes
+from r1zero.recipe import Recipe, RecipeError
+from r1zero.tasks.problem import DatasetError
+
+
+def main(method: str, project: Path) -> int:
+    """Run the trainer process of `method` with the arguments of the command line.
+
+    Returns:
+        0, or 2 when the recipe or its data cannot run.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"One {method} trainer process, as `accelerate launch` runs it. launch/run.py does the rest as well.",
+        epilog="Any key of the recipe can be overridden: --key value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="a recipe YAML")
+    parser.add_argument("--run_folder", type=Path, help="where to write; made anew where it is not given")
+    known, overrides = parser.parse_known_args()
+    try:
+        recipe = recipes.load(known.config, overrides)
+        if recipe.own.method != method:
+            raise recipe.fault("method", f"this is launch/{method}.py", f"start launch/{recipe.own.method}.py")
+        if recipe.launches_server:
+            why = "started by hand there is no launcher to start the policy server"
+            remedy = "start `vllm serve` and pass --vllm_server_base_url, or use launch/run.py, whose --dry-run shows both"
+            raise recipe.fault("vllm_mode", why, remedy)
+        _train(method)(recipe, known.run_folder, project)
+    except (RecipeError, DatasetError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _train(method: str) -> Callable[[Recipe, Path | None, Path], None]:
+    if method == "sft":
+        from r1zero.training.sft import train as train_sft
+
+        return train_sft
+    from r1zero.training.grpo import train as train_grpo
+
+    return train_grpo

@@ -1,0 +1,105 @@
+"""What a trainer process writes into the run folder while it works. Only the main process writes."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1zero.reporting import progress
+from r1zero.run_folder import RunFolder, append_json_line, write_json
+
+# One row of rollouts/*.parquet, written by training and by measuring alike.
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("gold", pa.string()),
+        ("answer", pa.string()),
+        ("verdict", pa.string()),
+        ("reward", pa.float64()),
+        ("length", pa.int64()),
+        ("clipped", pa.bool_()),
+        ("policy_version", pa.int64()),
+        ("source", pa.string()),
+    ]
+)
+
+
+def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt as one text: as it is, or its chat messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)
+
+
+def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rollouts whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA), aside, compression="zstd")
+    aside.replace(path)
+
+
+class Recorder:
+    """Metrics, status and rollouts of one run, and the same in plain lines on stdout (the trainer's log).
+
+    Attributes:
+        active: whether this is the process that writes.
+    """
+
+    def __init__(self, folder: RunFolder, active: bool) -> None:
+        self.folder = folder
+        self.active = active
+        self._phase_began = time.monotonic()
+        self._rollouts: list[dict[str, Any]] = []
+
+    def say(self, line: str) -> None:
+        if self.active:
+            print(line, flush=True)  # noqa: T201 - stdout is this process's log
+
+    def phase(self, name: str, done: int = 0, total: int = 0, seconds_left: float | None = None) -> None:
+        """Replace status.json: what goes on, how far it is."""
+        if not self.active:
+            return
+        if done == 0:
+            self._phase_began = time.monotonic()
+        elapsed = time.monotonic() - self._phase_began
+        if seconds_left is None and done:
+            seconds_left = elapsed / done * (total - done)
+        status = {"phase": name, "done": done, "total": total, "seconds_left": seconds_left, "time": time.time()}
+        write_json(self.folder.status, status)
+        if done == 0:
+            self.say(progress.phase_line(status))
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One optimizer step's metrics: a line of metrics.jsonl, a line of the log."""
+        if not self.active:
+            return
+        # JSON has no NaN; a metric that could not be computed is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        line = {"kind": "step", "time": time.time(), **clean}
+        append_json_line(self.folder.metrics, line)
+        self.phase("training", metrics["step"], metrics["steps"], metrics["seconds_left"])
+        self.say(progress.step_line(line))
+
+    def evaluation(self, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """One measurement: a line of metrics.jsonl, every completion in parquet."""
+        if not self.active:
+            return
+        write_rollouts(self.folder.rollouts(metrics["step"], "test"), rows)
+        line = {"kind": "evaluation", "time": time.time(), **metrics}
+        append_json_line(self.folder.metrics, line)
+        self.say(progress.evaluation_line(line))
+
+    def add_rollouts(self, rows: list[dict[str, Any]]) -> None:
+        self._rollouts.extend(rows)
+
+    def flush_rollouts(self, step: int) -> None:
+        """Write what `add_rollouts` gathered for this optimizer step, if anything."""
+        if self.active and self._rollouts:
+            write_rollouts(self.folder.rollouts(step), self._rollouts)
+        self._rollouts = []

@@ -1,0 +1,80 @@
+"""What every trainer process does before and after it trains, whichever method."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from r1zero import run_folder
+from r1zero.recipe import Recipe
+from r1zero.reporting import trackers
+from r1zero.run_folder import RunFolder, write_json, write_yaml
+from r1zero.training.recorder import Recorder
+
+
+@contextmanager
+def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Recorder]:
+    """The run folder and its recorder; at the end the processes leave together.
+
+    Args:
+        recipe: what is trained.
+        folder: the run folder that the launcher made; None, started by hand: a new one is made here.
+        project: the checkout, for its git commit.
+    """
+    state = PartialState()
+    transformers.utils.logging.set_verbosity_warning()
+    recorder = Recorder(_agreed_folder(recipe, folder, state), state.is_main_process)
+    if recorder.active and folder is None:
+        write_yaml(recorder.folder.recipe, recipe.resolved())
+        write_json(recorder.folder.versions, run_folder.versions(project))
+        recorder.say(f"run folder: {recorder.folder.path}")
+    if recorder.active and "wandb" in trackers.chosen(recipe.library.get("report_to")):
+        recorder.say(trackers.start_wandb(recorder.folder.path, recipe.resolved()))
+    recorder.phase("loading model and data")
+    try:
+        yield recorder
+    finally:
+        state.destroy_process_group()
+
+
+def finish(recorder: Recorder, trainer: Any, began: float, summary: dict[str, Any]) -> None:
+    """Save the final model and write how the run ended. A collective: saving gathers sharded weights."""
+    recorder.phase("saving the model")
+    trainer.save_model(str(recorder.folder.model))
+    if not recorder.active:
+        return
+    trainer.processing_class.save_pretrained(str(recorder.folder.model))
+    write_json(
+        recorder.folder.summary,
+        {
+            "outcome": "finished",
+            "steps": trainer.state.global_step,
+            "seconds": round(time.monotonic() - began, 1),
+            **summary,
+            "model": str(recorder.folder.model),
+        },
+    )
+    recorder.phase("done")
+
+
+def without_printer(trainer: Any) -> None:
+    """Take out transformers' own printing of each step's metrics: the recorder says them in one line."""
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
+
+
+def _agreed_folder(recipe: Recipe, folder: Path | None, state: PartialState) -> RunFolder:
+    if folder is not None:
+        return RunFolder(folder)
+    made: list[str] = [""]
+    if state.is_main_process:
+        path = run_folder.default_path(recipe.own.runs_dir, recipe.name, recipe["output_dir"])
+        made = [str(RunFolder(path).create().path)]
+    if state.num_processes > 1:
+        broadcast_object_list(made)
+    return RunFolder(Path(made[0]))
