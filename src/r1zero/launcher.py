@@ -36,6 +36,8 @@ def main(project: Path) -> int:
     from r1zero import hardware, model_facts, plan, run_folder
     from r1zero.tasks.problem import DatasetError
 
+    if project == Path.cwd():
+        project = Path()  # so that the plan's lines are as short as a person would type them
     console = Console(highlight=False)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:

@@ -152,7 +152,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     if recipe.model == TINY_MODEL:
         preparations = (Process("model", (sys.executable, "-m", "r1zero.tiny"), log="logs/model.log"),)
 
-    server, server_url, serve = None, recipe["vllm_server_base_url"], ()
+    server, server_url, serve = None, recipe.running_server, ()
     if recipe.launches_server:
         server_url = f"http://127.0.0.1:{serve_port}"
         serve = policy_server.serve_argv(
@@ -227,12 +227,12 @@ def _place(recipe: Recipe, hardware: Hardware) -> tuple[tuple[int, ...], tuple[i
     if recipe.launches_server and trainer < 1:
         why = f"{wanted}: nothing is left for the trainer, and weights cannot go over NCCL within one GPU (trl#3158)"
         raise recipe.fault("vllm_mode", why, "with one GPU use vllm_mode: colocate")
-    if recipe["use_vllm"] and recipe.own.method == "grpo" and not recipe.dedicated_server and trainer < 1:
-        why = f"generation by vLLM inside the trainer needs a GPU, the trainer has none ({here} here)"
+    if recipe.uses_vllm and not recipe.dedicated_server and trainer < 1:
+        why = f"vLLM inside the trainer needs a GPU, the trainer has none ({here} here)"
         raise recipe.fault("use_vllm", why, "use_vllm: false generates with transformers, on a CPU too")
     if own.trainer_gpus is None and trainer > 1:
         reasons.append(f"trainer on {trainer} GPUs: all that are here{' but the server’s' if server else ''}")
-    if recipe.own.method == "grpo" and not recipe["use_vllm"]:
+    if recipe.own.method == "grpo" and not recipe.uses_vllm:
         reasons.append("completions are generated inside the trainer: use_vllm is false")
     if server + trainer < here:
         reasons.append(f"{here - server - trainer} of {here} GPUs stay idle")

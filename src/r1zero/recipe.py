@@ -108,14 +108,24 @@ class Recipe:
         return str(self["model_name_or_path"])
 
     @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM generates, in a process of its own or inside the trainer; the cold start generates nothing."""
+        return self.own.method == "grpo" and bool(self["use_vllm"])
+
+    @property
     def dedicated_server(self) -> bool:
         """Whether generation happens in a vLLM process of its own (TRL's ``vllm_mode: server``)."""
-        return self.own.method == "grpo" and bool(self["use_vllm"]) and self["vllm_mode"] == "server"
+        return self.uses_vllm and self["vllm_mode"] == "server"
+
+    @property
+    def running_server(self) -> str | None:
+        """The address of a policy server that the user started, where the recipe names one."""
+        return self["vllm_server_base_url"] if self.dedicated_server else None
 
     @property
     def launches_server(self) -> bool:
-        """Whether that process is ours to start: not where the user names one that already runs."""
-        return self.dedicated_server and self["vllm_server_base_url"] is None
+        """Whether the policy server is ours to start."""
+        return self.dedicated_server and self.running_server is None
 
     def resolved(self) -> dict[str, Any]:
         """Every own key and every given TRL key, flat, as it is written into the run folder and can be run again."""
@@ -346,7 +356,7 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     if recipe.dedicated_server and (recipe["load_in_4bit"] or recipe["load_in_8bit"]):
         why = "TRL's server mode merges the adapter into the base weights, which quantized weights do not allow (trl#4973)"
         yield Fault("vllm_mode", "server", why, "use vllm_mode: colocate or use_vllm: false")
-    if not recipe.launches_server and recipe.own.server_gpus is not None:
+    if not recipe.dedicated_server and recipe.own.server_gpus is not None:
         why = "this recipe starts no policy server"
         yield Fault("server_gpus", recipe.own.server_gpus, why, "add use_vllm: true and vllm_mode: server, or drop it")
     if recipe["vllm_server_base_url"] is not None and not recipe.dedicated_server:

@@ -28,6 +28,7 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
     """
     state = PartialState()
     transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.disable_progress_bar()
     recorder = Recorder(_agreed_folder(recipe, folder, state), state.is_main_process)
     if recorder.active and folder is None:
         write_yaml(recorder.folder.recipe, recipe.resolved())

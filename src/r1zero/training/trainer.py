@@ -154,8 +154,8 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
         **unused: Any,
     ) -> None:
         steps = state.global_step - self._last_step
-        if steps < 1 or logs is None:
-            return  # the closing summary of transformers' Trainer, after the last step was logged
+        if steps < 1 or logs is None or "train_runtime" in logs:
+            return  # the closing summary of transformers' Trainer, not a step
         self._last_step = state.global_step
         seconds = self.clock.read(steps)
         self._recent.append(seconds["seconds/step"])

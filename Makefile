@@ -1,0 +1,31 @@
+# make demo   the environment, then the main job on the embedded default (CPU, minutes)
+# make test   the tests        make lint   format, lint, types
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint env
+
+env: $(VENV)/.ready
+
+# torch comes first and by itself, so that what follows finds it there. A laptop without a GPU can spare itself several
+# GB of CUDA libraries with TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+demo: env
+	$(BIN)/python launch/run.py recipes/tiny/arithmetic_grpo.yaml
+
+test: env
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy launch/run.py launch/grpo.py launch/sft.py

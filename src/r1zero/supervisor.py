@@ -1,0 +1,432 @@
+"""Starts the processes of a run, notices when one fails, and leaves nothing behind, however the run ends.
+
+The usual ``Popen.terminate()`` is not enough here: torch elastic starts its workers in sessions of their own, and vLLM
+renames its engine processes, which wipes the environment that others read under /proc. What belongs to a run is found
+in several ways therefore (see `_Tree`). And since a launcher that gets ``kill -9`` can clean up nothing, a warden does:
+a small process (this file, run as a script) that waits on a pipe from the launcher and, when it closes, ends the run.
+"""
+
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:  # the warden runs this file alone, and must be up at once
+    from r1zero.plan import Process
+
+RUN_ID = "R1ZERO_RUN_ID"
+POLL_S = 0.1
+LAST_LINES = 30
+SETTLE_S = 1.0  # how long after a first death another one still counts as part of the same failure
+UNKILLABLE_S = 10.0  # a process that outlives SIGKILL by this is stuck in the kernel, and waiting on is no use
+WARDEN_GRACE_S = 4.0
+WARDEN_LOOK_S = 2.0
+
+
+class ProcessFailed(Exception):
+    """A process of the run ended, or did not end, as it should. `str` says which, why, where its log is, and its end.
+
+    Attributes:
+        name: of the process that failed first.
+        reason: in plain words: "exited with code 3", "killed by SIGKILL".
+        log: the file that holds its output.
+        last_lines: the end of that file.
+        others: what else failed within the same second, one sentence each.
+    """
+
+    def __init__(
+        self, name: str, reason: str, log: Path, last_lines: tuple[str, ...] = (), others: tuple[str, ...] = ()
+    ) -> None:
+        self.name, self.reason, self.log, self.last_lines, self.others = name, reason, log, last_lines, others
+        lines = [f"{name}: {reason}", *(f"then {each}" for each in others), f"its log: {log}"]
+        if last_lines:
+            lines += [f"its last {len(last_lines)} lines:", *(f"  {line}" for line in last_lines)]
+        super().__init__("\n".join(lines))
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived.
+
+    Attributes:
+        signum: the signal's number, so that the exit code can be 128 + signum.
+        name: "SIGINT" or "SIGTERM".
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.signum, self.name = signum, signal.Signals(signum).name
+        super().__init__(f"{self.name} received")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One living process, as it was looked at."""
+
+    process: psutil.Process
+    parent: int
+    session: int
+    marked: bool
+
+
+class _Tree:
+    """The living processes that belong to what was started.
+
+    A process belongs when it carries the run's id in its environment, when its session was opened by a process that
+    belongs, when its parent belongs, or when it was seen to belong before (its parent may be dead by now). Processes
+    are compared as psutil compares them, by pid and start: a pid that was used again is not taken for the old one.
+    """
+
+    def __init__(self, run_id: str | None, apart: frozenset[int]) -> None:
+        self._run_id, self._apart = run_id, apart
+        self._known: dict[int, psutil.Process | None] = {}
+
+    def add(self, pid: int) -> None:
+        """`pid` was started: it, its session and its descendants belong."""
+        self._known[pid] = None
+        with suppress(psutil.NoSuchProcess):
+            self._known[pid] = psutil.Process(pid)
+
+    def living(self) -> list[psutil.Process]:
+        """Those that live now; zombies do not."""
+        here = {pid: seen for pid, seen in _look(self._run_id) if pid not in self._apart}
+        members: dict[int, psutil.Process] = {}
+        while new := {pid: seen for pid, seen in here.items() if pid not in members and self._belongs(pid, here)}:
+            members |= {pid: seen.process for pid, seen in new.items()}
+            self._known |= members
+        return list(members.values())
+
+    def _belongs(self, pid: int, here: dict[int, _Seen]) -> bool:
+        seen = here[pid]
+        opened_here = seen.session in self._known and (seen.session not in here or self._knows(seen.session, here))
+        return seen.marked or opened_here or self._knows(pid, here) or self._knows(seen.parent, here)
+
+    def _knows(self, pid: int, here: dict[int, _Seen]) -> bool:
+        return pid in here and self._known.get(pid) == here[pid].process
+
+
+def _look(run_id: str | None) -> Iterator[tuple[int, _Seen]]:
+    for pid in psutil.pids():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            process = psutil.Process(pid)
+            with process.oneshot():
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    marked = run_id is not None and _environment(process).get(RUN_ID) == run_id
+                    yield pid, _Seen(process, process.ppid(), os.getsid(pid), marked)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (psutil.AccessDenied, OSError, ValueError):  # another user's, or overwritten with something unreadable
+        return {}
+
+
+def _end(tree: _Tree, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> list[psutil.Process]:
+    """SIGTERM to all of `tree`, SIGKILL to the rest after `grace_s` or once `hurry()`. Returns what even that left."""
+    deadline = time.monotonic() + grace_s
+    asked: set[psutil.Process] = set()
+    looks_without = 0  # two: a process can be born while one looks, by a parent that is gone when it is looked at
+    while looks_without < 2:
+        living = tree.living()
+        looks_without = 0 if living else looks_without + 1
+        now = time.monotonic()
+        if now > deadline + UNKILLABLE_S:
+            return living
+        for process in living:
+            with suppress(psutil.Error):
+                if now >= deadline or hurry():
+                    process.kill()
+                elif process not in asked:
+                    asked.add(process)
+                    process.terminate()
+        if living:
+            time.sleep(POLL_S)
+    return []
+
+
+@dataclass
+class _Started:
+    """A process that was started, and what is needed to watch and end it."""
+
+    process: "Process"
+    popen: "subprocess.Popen[bytes]"
+    tree: _Tree
+    log: Path
+    log_start: int
+    must_stay: bool
+
+    def fault(self) -> str | None:
+        """Why its end is a failure; None while it lives, or where it ended well."""
+        code = self.popen.poll()
+        if code is None or (code == 0 and not self.must_stay):
+            return None
+        if code < 0:
+            return f"killed by {_signal_name(-code)}"
+        return f"exited with code {code}" + (", and it should have stayed up" if code == 0 else "")
+
+    def failed(self, reason: str, others: tuple[str, ...] = ()) -> ProcessFailed:
+        return ProcessFailed(self.process.name, reason, self.log, _last_lines(self.log, self.log_start), others)
+
+
+class Supervisor:
+    """Starts processes and, on the way out of the ``with`` block, ends all that they left.
+
+    While entered, SIGINT and SIGTERM raise `Interrupted` in the main thread; another one during the stop that follows
+    kills at once.
+
+        with Supervisor(run_folder) as supervisor:
+            supervisor.start(plan.server)
+            supervisor.start(plan.trainer)
+            supervisor.wait("trainer", on_tick=display.tick)
+    """
+
+    def __init__(self, run_folder: Path, stop_grace_s: float = 10.0) -> None:
+        """
+        Args:
+            run_folder: the logs of the processes are relative to it.
+            stop_grace_s: how long a process may take to end after SIGTERM.
+        """
+        self._run_folder, self._stop_grace_s = run_folder, stop_grace_s
+        self._run_id = secrets.token_hex(8)
+        self._started: dict[str, _Started] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._interrupt: int | None = None
+        self._holding = self._stopping = self._hurry = False
+
+    def __enter__(self) -> "Supervisor":
+        self._warden_log = self._run_folder / "logs" / "warden.log"
+        self._warden_log.parent.mkdir(parents=True, exist_ok=True)
+        self._warden, self._warden_pipe = _start_warden(self._run_id, self._warden_log)
+        self._all = _Tree(self._run_id, frozenset({os.getpid(), self._warden.pid}))
+        for each in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[each] = signal.signal(each, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.stop()
+        finally:
+            for each, handler in self._handlers.items():
+                signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+    def start(self, process: "Process", must_stay: bool | None = None) -> None:
+        """Start `process` in a session of its own, its output appended to its log.
+
+        Args:
+            process: what to start.
+            must_stay: its end is a failure even with exit code 0. Left out, that holds for the one named "server".
+
+        Raises:
+            ProcessFailed: when there is no such command, or no such GPU.
+            Interrupted: when a signal came meanwhile; the process is started and will be stopped.
+        """
+        log = self._run_folder / (process.log or f"logs/{process.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            gpus = visible_gpus(process.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        except ValueError as error:
+            raise ProcessFailed(process.name, f"could not be started: {error}", log) from error
+        env = {**os.environ, **dict(process.env), "CUDA_VISIBLE_DEVICES": gpus, RUN_ID: self._run_id}
+        with self._signals_held(), log.open("ab") as output:
+            log_start = output.tell()
+            try:
+                popen = subprocess.Popen(
+                    process.argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                why = f"could not be started: {error.strerror}: {error.filename or process.argv[0]}"
+                raise ProcessFailed(process.name, why, log) from error
+            tree = _Tree(None, frozenset({os.getpid(), self._warden.pid}))
+            tree.add(popen.pid)
+            self._all.add(popen.pid)
+            stay = process.name == "server" if must_stay is None else must_stay
+            self._started[process.name] = _Started(process, popen, tree, log, log_start, stay)
+            with suppress(BrokenPipeError):  # someone killed the warden: the launcher itself still cleans up
+                os.write(self._warden_pipe, f"{popen.pid}\n".encode())
+
+    def run(self, process: "Process", deadline_s: float, on_tick: Callable[[], None] | None = None) -> None:
+        """Start `process` and wait until it exits with 0.
+
+        Raises:
+            ProcessFailed: when it fails, or has not ended after `deadline_s`.
+        """
+        self.start(process, must_stay=False)
+        self.wait(process.name, on_tick or (lambda: None), deadline_s=deadline_s)
+
+    def check(self) -> None:
+        """Look once at every process.
+
+        Raises:
+            ProcessFailed: when one exited with another code than 0, or exited although it must stay. Of several it
+                names the first to die as the one that failed, and the others after it.
+            Interrupted: when a signal came, also where the first raising of it was swallowed.
+        """
+        if self._interrupt is not None and not self._stopping:
+            raise Interrupted(self._interrupt)
+        # A trainer falls when its server does, hardly the other way round: seen dead together, the server is the cause.
+        order = sorted(self._started.values(), key=lambda each: not each.must_stay)
+        dead = {each.process.name: reason for each in order if (reason := each.fault())}
+        if not dead:
+            return
+        settled = time.monotonic() + SETTLE_S
+        while time.monotonic() < settled and any(each.popen.poll() is None for each in order):
+            time.sleep(POLL_S)
+            for each in order:
+                if each.process.name not in dead and (reason := each.fault()):
+                    dead[each.process.name] = reason
+        first, *others = dead
+        raise self._started[first].failed(dead[first], tuple(f"{name}: {dead[name]}" for name in others))
+
+    def wait(
+        self, name: str, on_tick: Callable[[], None], poll_s: float = 0.2, deadline_s: float | None = None
+    ) -> None:
+        """Wait until the process called `name` exits with 0; look at all others, and call `on_tick`, each round.
+
+        Raises:
+            ProcessFailed: as `check`, and when `deadline_s` has passed.
+        """
+        waited = self._started[name]
+        deadline = None if deadline_s is None else time.monotonic() + deadline_s
+        while waited.popen.poll() != 0:
+            self.check()
+            on_tick()
+            if deadline is not None and time.monotonic() > deadline:
+                failed = waited.failed(f"not finished after {deadline_s:g} s")
+                _end(waited.tree, self._stop_grace_s, lambda: self._hurry)
+                raise failed
+            with suppress(subprocess.TimeoutExpired):
+                waited.popen.wait(poll_s)
+
+    def stop(self) -> tuple[int, ...]:
+        """End everything that was started, the last first; then what it left elsewhere. May be called again.
+
+        Returns:
+            The pids that even SIGKILL did not end (stuck in the kernel); empty but for a sick machine.
+        """
+        if self._stopping:
+            return ()
+        self._stopping = True
+        for started in reversed(self._started.values()):
+            _end(started.tree, self._stop_grace_s, lambda: self._hurry)
+            started.popen.poll()  # so that no zombie stays
+        left = _end(self._all, self._stop_grace_s, lambda: self._hurry)
+        os.close(self._warden_pipe)
+        try:
+            self._warden.wait(WARDEN_GRACE_S + UNKILLABLE_S)
+        except subprocess.TimeoutExpired:
+            self._warden.kill()
+            self._warden.wait()
+        if self._warden_log.exists() and not self._warden_log.stat().st_size:
+            self._warden_log.unlink()
+        return tuple(each.pid for each in left)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._stopping or self._interrupt is not None:
+            self._hurry = True
+            return
+        self._interrupt = signum
+        if not self._holding:
+            raise Interrupted(signum)
+
+    @contextmanager
+    def _signals_held(self) -> Iterator[None]:
+        """A signal in here is raised at the end, so that no process is started without being written down."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._interrupt is not None and not self._stopping:
+            raise Interrupted(self._interrupt)
+
+
+def visible_gpus(gpus: tuple[int, ...], own: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for a process that may see `gpus`, where the launcher itself was given `own`.
+
+    >>> visible_gpus((0, 1), None), visible_gpus((1,), "2,3"), visible_gpus((), "2,3")
+    ('0,1', '3', '')
+
+    Raises:
+        ValueError: when the launcher does not have that many.
+    """
+    if own is None:
+        return ",".join(map(str, gpus))
+    entries = [entry.strip() for entry in own.split(",") if entry.strip()]
+    if gpus and max(gpus) >= len(entries):
+        raise ValueError(f"it needs GPU {max(gpus)} of those in CUDA_VISIBLE_DEVICES={own}, which has {len(entries)}")
+    return ",".join(entries[index] for index in gpus)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _last_lines(log: Path, start: int) -> tuple[str, ...]:
+    """The end of what was written after `start`; of a progress bar, its last state."""
+    with suppress(OSError), log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(start, end - 64 * 1024))
+        lines = file.read().decode(errors="replace").rstrip().split("\n")
+        return tuple(line.rstrip().rpartition("\r")[2] for line in lines if line.strip())[-LAST_LINES:]
+    return ()
+
+
+def _start_warden(run_id: str, log: Path) -> "tuple[subprocess.Popen[bytes], int]":
+    """The warden, and the end of the pipe that keeps it waiting. Python lets no child inherit that end."""
+    read, write = os.pipe()
+    command = [sys.executable, "-P", __file__, run_id, str(os.getpid())]
+    try:
+        with log.open("ab") as errors:
+            warden = subprocess.Popen(
+                command, stdin=read, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            )
+    finally:
+        os.close(read)
+    return warden, write
+
+
+def _warden(run_id: str, launcher: int) -> None:
+    """Remember what the launcher starts; when the launcher is gone, end all of it."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    tree = _Tree(run_id, frozenset({os.getpid(), launcher}))
+    rest = b""
+    while os.getppid() == launcher:
+        if not select.select([0], [], [], WARDEN_LOOK_S)[0]:
+            tree.living()  # to remember descendants whose parents may die before it matters
+            continue
+        received = os.read(0, 4096)
+        if not received:
+            break
+        *pids, rest = (rest + received).split(b"\n")
+        for pid in pids:
+            tree.add(int(pid))
+    left_alone = [str(process.pid) for process in tree.living()]
+    if left_alone:
+        sys.stderr.write(f"ending what the launcher (pid {launcher}) left: {', '.join(left_alone)}\n")
+    if stuck := _end(tree, WARDEN_GRACE_S):
+        sys.stderr.write(f"could not end {', '.join(str(process.pid) for process in stuck)}\n")
+
+
+if __name__ == "__main__":
+    _warden(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,267 @@
+"""Every recipe that cannot run is refused with its own message: key, value, why, remedy; exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from tests.conftest import PROJECT
+
+GOOD = {
+    "method": "grpo",
+    "task": "arithmetic",
+    "model_name_or_path": "r1zero/tiny-arithmetic",
+    "per_device_train_batch_size": 16,
+    "num_generations": 8,
+    "max_completion_length": 40,
+    "max_steps": 2,
+}
+SERVER = {"use_vllm": True, "vllm_mode": "server"}
+MODEL = {"model_name_or_path": "./model"}  # a folder with a config.json of 512 positions, made by the fixture
+
+# name: (keys over GOOD, hardware, words that the message must hold)
+BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
+    "misspelt TRL key": ({"num_generation": 8}, "1x0", ["num_generation = 8", "not a key", "did you mean num_generations?"]),
+    "misspelt own key": ({"eval_cuont": 5}, "1x0", ["eval_cuont = 5", "did you mean eval_count"]),
+    "unknown key": ({"zzz_qqq": 1}, "1x0", ["zzz_qqq = 1", "not a key", "--help"]),
+    "key of the other method": ({"max_length": 100}, "1x0", ["max_length = 100", "belongs to method sft", "leave it out"]),
+    "removed TRL key": ({"max_prompt_length": 256}, "1x0", ["max_prompt_length = 256", "no longer", "max_prompt_tokens"]),
+    "removed HF key": ({"overwrite_output_dir": True}, "1x0", ["overwrite_output_dir", "no longer", "never overwritten"]),
+    "text for a number": ({"learning_rate": "fast"}, "1x0", ["learning_rate = 'fast'", "expects", "float"]),
+    "number for a switch": ({"use_vllm": 3}, "1x0", ["use_vllm = 3", "expects bool"]),
+    "fraction for a count": ({"num_generations": 2.5}, "1x0", ["num_generations = 2.5", "expects int"]),
+    "list for a number": ({"max_steps": [1, 2]}, "1x0", ["max_steps = [1, 2]", "expects"]),
+    "unknown method": ({"method": "ppo"}, "1x0", ["method = 'ppo'", "one of: grpo, sft"]),
+    "unknown task": ({"task": "gsm9k"}, "1x0", ["task = 'gsm9k'", "gsm8k"]),
+    "unknown template": ({"prompt_template": "r1"}, "1x0", ["prompt_template = 'r1'", "r1rl"]),
+    "unknown vllm mode": ({**SERVER, "vllm_mode": "remote"}, "1x2", ["vllm_mode = 'remote'", "colocate"]),
+    "no model": ({"model_name_or_path": None}, "1x0", ["model_name_or_path", "missing", "r1zero/tiny-arithmetic"]),
+    "model folder absent": ({"model_name_or_path": "./nowhere"}, "1x0", ["'./nowhere'", "no such model folder"]),
+    "data folder absent": (
+        {"task": "gsm8k", "dataset_name": "./nowhere"},
+        "1x0",
+        ["dataset_name = './nowhere'", "no such file or folder"],
+    ),
+    "data without a gold": (
+        {"task": "gsm8k", "dataset_name": "./nogold"},
+        "1x0",
+        ["nogold", "train row 1", "no gold after ####"],
+    ),
+    "data of another shape": (
+        {"task": "gsm8k", "dataset_name": "./badshape"},
+        "1x0",
+        ["badshape", "needs the columns question and answer", "problem"],
+    ),
+    "data folder without a split": (
+        {"task": "gsm8k", "dataset_name": "./model"},
+        "1x0",
+        ["has no train.jsonl, train.json or train.parquet"],
+    ),
+    "data for a task that makes its own": ({"dataset_name": "openai/gsm8k"}, "1x0", ["makes its own problems"]),
+    "one generation": ({"num_generations": 1}, "1x0", ["num_generations = 1", "at least 2"]),
+    "batch not whole groups": (
+        {"per_device_train_batch_size": 10, "num_generations": 8},
+        "1x0",
+        ["num_generations = 8", "10 per device x 1 process(es)", "= 10 completions", "use num_generations 2 or 5 or 10"],
+    ),
+    "generation batch uneven": (
+        {"generation_batch_size": 24},
+        "1x0",
+        ["generation_batch_size = 24", "not a multiple of 16 per device", "use 32"],
+    ),
+    "step not whole groups": (
+        {"per_device_train_batch_size": 4, "steps_per_generation": 2},
+        "1x0",
+        ["num_generations = 8", "an optimizer step takes 4 completions"],
+    ),
+    "batch given twice": (
+        {"generation_batch_size": 32, "steps_per_generation": 2},
+        "1x0",
+        ["generation_batch_size = 32", "each fixes the other"],
+    ),
+    "more GPUs than exist": (
+        {**SERVER, **MODEL, "server_gpus": 1, "trainer_gpus": 4},
+        "1x2",
+        ["trainer_gpus = 4", "server 1 + trainer 4 = 5 GPUs, 2 here"],
+    ),
+    "server without a GPU": ({**SERVER, **MODEL}, "1x0", ["use_vllm", "no GPU is here", "--use_vllm false"]),
+    "server and trainer on one GPU": ({**SERVER, **MODEL}, "1x1", ["vllm_mode", "nothing is left", "colocate"]),
+    "vLLM inside a trainer without a GPU": ({"use_vllm": True}, "1x0", ["use_vllm", "needs a GPU", "use_vllm: false"]),
+    "several nodes": ({}, "2x8", ["nodes = 2", "not built yet"]),
+    "server GPUs without a server": ({"server_gpus": 1}, "1x2", ["server_gpus = 1", "starts no policy server"]),
+    "server address without a server": (
+        {"vllm_server_base_url": "http://127.0.0.1:8000"},
+        "1x1",
+        ["vllm_server_base_url", "nothing would talk to it"],
+    ),
+    "longer than the model": (
+        {**MODEL, "max_prompt_tokens": 300, "max_completion_length": 300},
+        "1x0",
+        ["max_completion_length = 300", "= 600 tokens, the model has 512 positions", "at most 212"],
+    ),
+    "4-bit without an adapter": ({"load_in_4bit": True}, "1x1", ["load_in_4bit = True", "add use_peft: true"]),
+    "4-bit with ZeRO-3": (
+        {"load_in_4bit": True, "use_peft": True, "accelerate_config": "zero3"},
+        "1x2",
+        ["load_in_4bit = True", "ZeRO-3 shards", "zero2 or ddp"],
+    ),
+    "4-bit and 8-bit": (
+        {"load_in_4bit": True, "load_in_8bit": True, "use_peft": True},
+        "1x1",
+        ["load_in_8bit = True", "keep one of the two"],
+    ),
+    "4-bit with a server": (
+        {**SERVER, "load_in_4bit": True, "use_peft": True},
+        "1x2",
+        ["vllm_mode", "trl#4973", "colocate"],
+    ),
+    "bf16 and fp16": ({"bf16": True, "fp16": True}, "1x1", ["fp16 = True", "bf16 is true as well"]),
+    "temperature 0": ({"temperature": 0}, "1x0", ["temperature = 0", "completions that differ"]),
+    "learning rate 0": ({"learning_rate": 0}, "1x0", ["learning_rate = 0", "must be positive"]),
+    "batch of 0": ({"per_device_train_batch_size": 0}, "1x0", ["per_device_train_batch_size = 0", "at least 1"]),
+    "no completion": ({"max_completion_length": 0}, "1x0", ["max_completion_length = 0", "at least 1 token"]),
+    "negative count": ({"eval_count": -1}, "1x0", ["eval_count = -1", "at least 0"]),
+    "evaluation by epoch": ({"eval_strategy": "epoch"}, "1x0", ["eval_strategy = 'epoch'", "use steps"]),
+    "unknown accelerate config": (
+        {"accelerate_config": "zero9"},
+        "1x2",
+        ["accelerate_config = 'zero9'", "one of: cpu, ddp, single_gpu, zero2, zero3, zero3_offload"],
+    ),
+    "GPU config without a GPU": ({"accelerate_config": "zero2"}, "1x0", ["accelerate_config = 'zero2'", "has no GPU"]),
+    "one-process config for four": (
+        {"accelerate_config": "single_gpu"},
+        "1x4",
+        ["accelerate_config = 'single_gpu'", "has 4 GPUs", "ddp, zero2 or zero3"],
+    ),
+    "folder of another run": ({"output_dir": "./model"}, "1x0", ["output_dir = './model'", "never writes over another"]),
+    "timeout of nothing": ({"server_ready_timeout": 0}, "1x0", ["server_ready_timeout = 0", "must be positive"]),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model of 512 positions and two broken datasets."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 512}')
+    for name, row in (("nogold", '{"question": "1+1?", "answer": "2"}'), ("badshape", '{"problem": "1+1?"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(row + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_recipe_is_refused_with_its_own_message(name: str, place: Path, run) -> None:
+    keys, hardware, words = BAD[name]
+    recipe = place / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**GOOD, **keys}))
+    before = listing(place)
+    answer = run(recipe, "--dry-run", "--hardware", hardware)
+    assert answer.code == 2, answer.out
+    for word in words:
+        assert word in answer.err
+    assert listing(place) == before
+
+
+def test_no_two_bad_recipes_share_a_message() -> None:
+    messages = [tuple(words) for _, _, words in BAD.values()]
+    assert len(set(messages)) == len(messages) >= 25
+
+
+def test_the_good_recipe_under_them_all_is_accepted(place: Path, run) -> None:
+    (place / "recipe.yaml").write_text(yaml.safe_dump(GOOD))
+    before = listing(place)
+    answer = run("recipe.yaml", "--dry-run", "--hardware", "1x0")
+    assert (answer.code, answer.err) == (0, "")
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: grpo\nmethod: sft\n", ["key 'method' is given twice"]),
+        ("- a\n- b\n", ["holds a list", "key: value"]),
+        ("method: [grpo\n", ["not valid YAML"]),
+        ("!!python/object/apply:os.system ['touch hacked']\n", ["not valid YAML"]),
+    ],
+    ids=["key twice", "a list", "broken", "code"],
+)
+def test_a_file_that_is_no_recipe(text: str, words: list[str], place: Path, run) -> None:
+    (place / "recipe.yaml").write_text(text)
+    answer = run("recipe.yaml", "--dry-run")
+    assert answer.code == 2
+    for word in words:
+        assert word in answer.err
+    assert not (place / "hacked").exists()
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    answer = run("recipes/tiny/aritmetic_grpo.yaml", "--dry-run")
+    assert answer.code == 2
+    assert "did you mean recipes/tiny/arithmetic_grpo.yaml?" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--num_generation", "4"], ["num_generation = '4'", "did you mean num_generations?"]),
+        (["--max_steps"], ["max_steps", "has no value"]),
+        (["--max_steps", "1", "2"], ["max_steps = '1 2'", "takes one value"]),
+        (["--max_steps", "many"], ["max_steps = 'many'", "expects"]),
+        (["stray"], ["stray", "neither the recipe nor a --key"]),
+        (["--hardware", "two"], ["--hardware two", "NODESxGPUS"]),
+    ],
+    ids=["misspelt", "no value", "two values", "wrong type", "stray word", "hardware"],
+)
+def test_bad_overrides(overrides: list[str], words: list[str], place: Path, run) -> None:
+    (place / "recipe.yaml").write_text(yaml.safe_dump(GOOD))
+    answer = run("recipe.yaml", "--dry-run", *overrides)
+    assert answer.code == 2
+    for word in words:
+        assert word in answer.err
+
+
+def test_all_faults_are_listed_at_once(place: Path, run) -> None:
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, "max_stepz": 1, "learning_rate": "fast"}))
+    answer = run("recipe.yaml", "--dry-run")
+    assert "2 faults, nothing was started" in answer.err
+    assert "max_stepz" in answer.err
+    assert "learning_rate" in answer.err
+
+
+def test_assumed_hardware_is_for_dry_runs_only(place: Path, run) -> None:
+    (place / "recipe.yaml").write_text(yaml.safe_dump(GOOD))
+    before = listing(place)
+    answer = run("recipe.yaml", "--hardware", "1x0")
+    assert answer.code == 2
+    assert "--dry-run" in answer.err
+    assert listing(place) == before
+
+
+def test_a_model_that_the_hub_does_not_have_is_refused_before_anything_starts(place: Path) -> None:
+    """In a process of its own: the hub library reads HF_HUB_OFFLINE once, at import."""
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, "model_name_or_path": "nobody/no-such-model"}))
+    before = listing(place)
+    done = subprocess.run(
+        [sys.executable, PROJECT / "launch/run.py", "recipe.yaml"],
+        cwd=place,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    answer = SimpleNamespace(code=done.returncode, err=done.stderr)
+    assert answer.code == 2
+    assert "nobody/no-such-model" in answer.err
+    assert "cannot be had" in answer.err
+    assert listing(place) == before
