@@ -11,7 +11,7 @@ env: $(VENV)/.ready
 
 # torch comes first and by itself, so that what follows finds it there. A laptop without a GPU can spare itself several
 # GB of CUDA libraries with TORCH_INDEX=https://download.pytorch.org/whl/cpu
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch

@@ -1,4 +1,4 @@
-"""Every recipe that cannot run is refused with its own message: key, value, why, remedy; exit code 2, nothing written."""
+"""Every recipe that cannot run is refused with its own message: key, value, why, remedy; exit code 2, no file."""
 
 import os
 import subprocess
@@ -25,12 +25,28 @@ MODEL = {"model_name_or_path": "./model"}  # a folder with a config.json of 512 
 
 # name: (keys over GOOD, hardware, words that the message must hold)
 BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
-    "misspelt TRL key": ({"num_generation": 8}, "1x0", ["num_generation = 8", "not a key", "did you mean num_generations?"]),
+    "misspelt TRL key": (
+        {"num_generation": 8},
+        "1x0",
+        ["num_generation = 8", "not a key", "did you mean num_generations?"],
+    ),
     "misspelt own key": ({"eval_cuont": 5}, "1x0", ["eval_cuont = 5", "did you mean eval_count"]),
     "unknown key": ({"zzz_qqq": 1}, "1x0", ["zzz_qqq = 1", "not a key", "--help"]),
-    "key of the other method": ({"max_length": 100}, "1x0", ["max_length = 100", "belongs to method sft", "leave it out"]),
-    "removed TRL key": ({"max_prompt_length": 256}, "1x0", ["max_prompt_length = 256", "no longer", "max_prompt_tokens"]),
-    "removed HF key": ({"overwrite_output_dir": True}, "1x0", ["overwrite_output_dir", "no longer", "never overwritten"]),
+    "key of the other method": (
+        {"max_length": 100},
+        "1x0",
+        ["max_length = 100", "belongs to method sft", "leave it out"],
+    ),
+    "removed TRL key": (
+        {"max_prompt_length": 256},
+        "1x0",
+        ["max_prompt_length = 256", "no longer", "max_prompt_tokens"],
+    ),
+    "removed HF key": (
+        {"overwrite_output_dir": True},
+        "1x0",
+        ["overwrite_output_dir", "no longer", "never overwritten"],
+    ),
     "text for a number": ({"learning_rate": "fast"}, "1x0", ["learning_rate = 'fast'", "expects", "float"]),
     "number for a switch": ({"use_vllm": 3}, "1x0", ["use_vllm = 3", "expects bool"]),
     "fraction for a count": ({"num_generations": 2.5}, "1x0", ["num_generations = 2.5", "expects int"]),
@@ -66,7 +82,12 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "batch not whole groups": (
         {"per_device_train_batch_size": 10, "num_generations": 8},
         "1x0",
-        ["num_generations = 8", "10 per device x 1 process(es)", "= 10 completions", "use num_generations 2 or 5 or 10"],
+        [
+            "num_generations = 8",
+            "10 per device x 1 process(es)",
+            "= 10 completions",
+            "use num_generations 2 or 5 or 10",
+        ],
     ),
     "generation batch uneven": (
         {"generation_batch_size": 24},
@@ -137,7 +158,11 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x4",
         ["accelerate_config = 'single_gpu'", "has 4 GPUs", "ddp, zero2 or zero3"],
     ),
-    "folder of another run": ({"output_dir": "./model"}, "1x0", ["output_dir = './model'", "never writes over another"]),
+    "folder of another run": (
+        {"output_dir": "./model"},
+        "1x0",
+        ["output_dir = './model'", "never writes over another"],
+    ),
     "timeout of nothing": ({"server_ready_timeout": 0}, "1x0", ["server_ready_timeout = 0", "must be positive"]),
 }
 

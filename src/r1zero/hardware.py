@@ -1,4 +1,4 @@
-"""What is here: nodes, GPUs, memory and free ports. Reads the machine once, so that the plan can be a pure function. No torch."""
+"""What is here: nodes, GPUs, memory and free ports. Read once, so that the plan can be a pure function. No torch."""
 
 import os
 import re
@@ -85,7 +85,7 @@ def assumed(text: str, ports: tuple[int, ...] | None = None) -> Hardware:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> tuple[int, ...]:
-    """`count` distinct TCP ports that are free now. All are held at once while choosing, so that no two are the same."""
+    """`count` TCP ports that are free now. All are held at once while choosing, so that no two are the same."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -105,7 +105,7 @@ def _nvidia_smi() -> tuple[tuple[str, str, Gpu], ...]:
 
 
 def _visible(gpus: tuple[tuple[str, str, Gpu], ...], visible: str | None) -> tuple[Gpu, ...]:
-    """Those of `gpus` that CUDA_VISIBLE_DEVICES lets through, in its order; like CUDA, it stops at the first unknown one."""
+    """Those of `gpus` that CUDA_VISIBLE_DEVICES lets through, in its order; like CUDA, up to the first unknown one."""
     if visible is None:
         return tuple(gpu for _, _, gpu in gpus)
     chosen = []

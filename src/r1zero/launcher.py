@@ -51,6 +51,9 @@ def main(project: Path) -> int:
     except (RecipeError, DatasetError, hardware.HardwareError, model_facts.ModelNotFound) as error:
         errors.print(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        errors.print("error: SIGINT received before anything was started")
+        return 130
     if arguments.dry_run:
         console.print(planned.render(), end="", markup=False, soft_wrap=True)
         console.print(f"Checked: recipe, plan, {counts}. Dry run: nothing was started or written.")
@@ -168,7 +171,9 @@ def _default(key: LibraryKey) -> str:
 def _refuse_overwriting(recipe: Recipe, path: Path) -> None:
     if recipe["output_dir"] and path.exists():
         why = "exists already, and a run never writes over another"
-        raise recipe.fault("output_dir", why, "name another folder, or leave the key out for a fresh one under runs_dir")
+        raise recipe.fault(
+            "output_dir", why, "name another folder, or leave the key out for a fresh one under runs_dir"
+        )
 
 
 def _model_facts(recipe: Recipe, download: bool) -> "ModelFacts | None":
@@ -194,4 +199,3 @@ def _check_data(recipe: Recipe, download: bool) -> str:
     splits = ["train"] if own.method == "sft" or own.eval_count == 0 else ["train", "test"]
     found = {split: len(load_problems(own.task, split, data, own.remove_commas)) for split in splits}
     return "data: " + ", ".join(f"{count} {split} problems" for split, count in found.items())
-

@@ -54,6 +54,9 @@ def read(model: str, revision: str | None, *, download: bool) -> ModelFacts | No
 
 
 def _facts(config: Path) -> ModelFacts:
-    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelNotFound(f"{config} is not JSON: {error}") from error
     content = {**content, **content.get("text_config", {})}
     return ModelFacts(context_length=content.get("max_position_embeddings"))

@@ -20,6 +20,8 @@ from r1zero.recipe import TINY_MODEL, Fault, Recipe, RecipeError
 
 WIDTH = 110
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+# On a CPU that something else uses too, OpenMP threads that spin while they wait make a step ten times slower.
+CPU_ENV = (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0"))
 
 
 @dataclass(frozen=True)
@@ -150,29 +152,16 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
 
     preparations: tuple[Process, ...] = ()
     if recipe.model == TINY_MODEL:
-        preparations = (Process("model", (sys.executable, "-m", "r1zero.tiny"), log="logs/model.log"),)
+        preparations = (Process("model", (sys.executable, "-m", "r1zero.tiny"), CPU_ENV, log="logs/model.log"),)
 
-    server, server_url, serve = None, recipe.running_server, ()
+    server, server_url = None, recipe.running_server
     if recipe.launches_server:
         server_url = f"http://127.0.0.1:{serve_port}"
-        serve = policy_server.serve_argv(
-            model=recipe.model,
-            host="127.0.0.1",
-            port=serve_port,
-            tensor_parallel_size=len(server_gpus),
-            gpu_memory_utilization=recipe.library.get("vllm_gpu_memory_utilization", 0.9),
-            max_model_len=_server_context(recipe),
-            max_num_seqs=max(256, min(1024, batch.completions_per_generation)),
-            dtype="float16" if recipe["fp16"] else "bfloat16",
-            trust_remote_code=recipe["trust_remote_code"],
-            seed=recipe["seed"],
-            extra=("--revision", recipe["model_revision"]) if recipe["model_revision"] not in (None, "main") else (),
-        )
-        server = Process("server", serve, policy_server.serve_env(), server_gpus, log="logs/server.log")
+        server = _server(recipe, batch, server_gpus, serve_port)
 
     script = f"launch/{recipe.own.method}.py"
     settings = _trainer_settings(recipe, server_url, group_port)
-    accelerate = ("--config_file", str(config), "--num_processes", str(processes))
+    accelerate: tuple[str, ...] = ("--config_file", str(config), "--num_processes", str(processes))
     if processes > 1:
         accelerate = (*accelerate, "--main_process_port", str(main_port))
     trainer = Process(
@@ -181,7 +170,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
             *(*ACCELERATE, *accelerate, str(project / script), "--config", str(run_folder / "recipe.yaml")),
             *("--run_folder", str(run_folder), *settings),
         ),
-        env=(("TOKENIZERS_PARALLELISM", "false"),),
+        env=(("TOKENIZERS_PARALLELISM", "false"), *(() if trainer_gpus else CPU_ENV)),
         gpus=trainer_gpus,
         log="logs/trainer.log",
     )
@@ -190,8 +179,8 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     )
     by_hand = [_shell(process.argv, process.gpus, process.env) for process in preparations]
     if server:
-        by_hand.append(_shell(policy_server.by_hand(serve), server_gpus, server.env))
-    by_hand.append(_shell(hand_trainer, trainer_gpus if hardware.gpus_per_node else (), ()))
+        by_hand.append(_shell(policy_server.by_hand(server.argv), server_gpus, server.env))
+    by_hand.append(_shell(hand_trainer, trainer_gpus, () if trainer_gpus else CPU_ENV))
     return Plan(
         recipe=recipe,
         hardware=hardware,
@@ -217,7 +206,9 @@ def _place(recipe: Recipe, hardware: Hardware) -> tuple[tuple[int, ...], tuple[i
         here = 0
     if recipe.launches_server and here == 0:
         why = "the policy server is vLLM on a GPU, and no GPU is here"
-        raise recipe.fault("use_vllm", why, "run on a machine with GPUs, or --use_vllm false to generate in the trainer")
+        raise recipe.fault(
+            "use_vllm", why, "run on a machine with GPUs, or --use_vllm false to generate in the trainer"
+        )
     server = (own.server_gpus or 1) if recipe.launches_server else 0
     trainer = own.trainer_gpus if own.trainer_gpus is not None else here - server
     wanted = f"server {server} + trainer {trainer} = {server + trainer} GPUs, {here} here"
@@ -249,7 +240,9 @@ def _accelerate_config(recipe: Recipe, project: Path, trainer_gpus: int) -> tupl
     path = Path(asked) if asked.endswith((".yaml", ".yml")) else folder / f"{asked}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
-        raise recipe.fault("accelerate_config", "no such accelerate config", f"one of: {known}; or a file ending in .yaml")
+        raise recipe.fault(
+            "accelerate_config", "no such accelerate config", f"one of: {known}; or a file ending in .yaml"
+        )
     if trainer_gpus == 0 and path.stem != "cpu":
         why = "the trainer has no GPU"
         raise recipe.fault("accelerate_config", why, "leave it out here, or run on a machine with GPUs")
@@ -294,15 +287,35 @@ def _check_lengths(recipe: Recipe, model: ModelFacts | None) -> None:
         return
     prompt, completion = recipe.own.max_prompt_tokens or 1, recipe["max_completion_length"]
     if completion is not None and prompt + completion > model.context_length:
+        limit = recipe.own.max_prompt_tokens or "(at least 1)"
         why = (
-            f"max_prompt_tokens {recipe.own.max_prompt_tokens or '(at least 1)'} + {completion} = {prompt + completion} "
-            f"tokens, the model has {model.context_length} positions"
+            f"max_prompt_tokens {limit} + {completion} = {prompt + completion} tokens, "
+            f"the model has {model.context_length} positions"
         )
         raise recipe.fault("max_completion_length", why, f"at most {model.context_length - prompt}, or another model")
 
 
+def _server(recipe: Recipe, batch: Batch, gpus: tuple[int, ...], port: int) -> Process:
+    revision = recipe["model_revision"]
+    argv = policy_server.serve_argv(
+        model=recipe.model,
+        host="127.0.0.1",
+        port=port,
+        tensor_parallel_size=len(gpus),
+        # TRL's default of 0.3 is for a GPU shared with the trainer; this one has its own.
+        gpu_memory_utilization=recipe.library.get("vllm_gpu_memory_utilization", 0.9),
+        max_model_len=_server_context(recipe),
+        max_num_seqs=max(256, min(1024, batch.completions_per_generation)),
+        dtype="float16" if recipe["fp16"] else "bfloat16",
+        trust_remote_code=recipe["trust_remote_code"],
+        seed=recipe["seed"],
+        extra=("--revision", revision) if revision not in (None, "main") else (),
+    )
+    return Process("server", argv, policy_server.serve_env(), gpus, log="logs/server.log")
+
+
 def _server_context(recipe: Recipe) -> int | None:
-    """What the server must hold for one sequence; tokens. None leaves it the model's own, where prompts have no limit."""
+    """Tokens that the server must hold for one sequence. None, where prompts have no limit: the model's own."""
     if recipe.own.max_prompt_tokens is None or recipe["max_completion_length"] is None:
         return None
     return int(recipe.own.max_prompt_tokens + recipe["max_completion_length"])

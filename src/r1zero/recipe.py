@@ -1,8 +1,8 @@
 """A recipe: flat YAML in Hugging Face names, then ``--key value`` overrides, checked as a whole before anything starts.
 
-TRL's keys (``GRPOConfig`` or ``SFTConfig``, ``ModelConfig``, ``ScriptArguments``) keep their names and their meaning; they
-are known here from a generated table, so that a wrong key is answered at once and without importing torch. Our own keys
-are the fields of `OwnKeys`: their one documentation is the help text beside each.
+TRL's keys (``GRPOConfig`` or ``SFTConfig``, ``ModelConfig``, ``ScriptArguments``) keep their names and their meaning;
+they are known here from a generated table, so that a wrong key is answered at once and without importing torch. Our own
+keys are the fields of `OwnKeys`: their one documentation is the help text beside each.
 """
 
 import dataclasses
@@ -38,8 +38,12 @@ class OwnKeys:
     task: str = _key("gsm8k", "what is asked and how it is graded", TASKS)
     prompt_template: str = _key("r1rl", "how a question becomes the prompt", TEMPLATES)
     remove_commas: bool = _key(True, "drop thousands commas from gold and answer before they are compared")
-    max_prompt_tokens: int | None = _key(None, "leave problems with a longer prompt out of the data, and count them; tokens")
-    eval_count: int | None = _key(None, "held-out problems to measure on; empty: the whole test split, 0: never measure")
+    max_prompt_tokens: int | None = _key(
+        None, "leave problems with a longer prompt out of the data, and count them; tokens"
+    )
+    eval_count: int | None = _key(
+        None, "held-out problems to measure on; empty: the whole test split, 0: never measure"
+    )
     eval_samples: int = _key(1, "completions sampled for each held-out problem")
     eval_temperature: float = _key(1.0, "sampling temperature when measuring; 0 is greedy")
     accelerate_config: str | None = _key(
@@ -48,7 +52,9 @@ class OwnKeys:
     server_gpus: int | None = _key(None, "GPUs for the policy server; empty: 1 where the recipe has a dedicated server")
     trainer_gpus: int | None = _key(None, "GPUs for the trainer, one process each; empty: all that the server leaves")
     server_ready_timeout: float = _key(600.0, "give up when the policy server has not made a token by then; seconds")
-    runs_dir: str = _key("runs", "where run folders go, one per run, named by recipe and time; output_dir names one exactly")
+    runs_dir: str = _key(
+        "runs", "where run folders go, one per run, named by recipe and time; output_dir names one exactly"
+    )
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     given = _read_yaml(path)
     texts = _split_overrides(overrides, str(path))
-    method = texts.get("method", [given.get("method", "grpo")])[0]
+    method = " ".join(texts["method"]) if "method" in texts else given.get("method", "grpo")
     if method not in METHODS:
         raise RecipeError(str(path), [Fault("method", method, "is not a method", f"one of: {', '.join(METHODS)}")])
     legal = {**library_keys.load(method), **own_keys()}
@@ -238,7 +244,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), [Fault("recipe", None, f"cannot be read: {error}", "give a YAML file")]) from None
     try:
-        content = yaml.load(text, Loader=_NoDuplicates)  # noqa: S506 - a SafeLoader
+        content = yaml.load(text, Loader=_NoDuplicates)  # a SafeLoader
     except yaml.YAMLError as error:
         why = " ".join(str(error).split())
         raise RecipeError(str(path), [Fault("recipe", None, f"is not valid YAML: {why}", "mend that line")]) from None
@@ -295,7 +301,9 @@ def _unknown(key: str, value: Any, method: str, legal: Mapping[str, LibraryKey])
     if near:
         also = f" (or {', '.join(near[1:])})" if len(near) > 1 else ""
         return Fault(key, value, "is not a key", f"did you mean {near[0]}?{also}")
-    return Fault(key, value, "is not a key", "launch/run.py --help lists our keys; TRL's GRPOConfig documents the others")
+    return Fault(
+        key, value, "is not a key", "launch/run.py --help lists our keys; TRL's GRPOConfig documents the others"
+    )
 
 
 def _impossible(recipe: Recipe) -> Iterable[Fault]:
@@ -332,7 +340,9 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("load_in_8bit", True, "load_in_4bit is true as well", "keep one of the two")
     for key in ("load_in_4bit", "load_in_8bit"):
         if recipe[key] and not recipe["use_peft"]:
-            yield Fault(key, True, "quantized weights cannot be trained themselves", "add use_peft: true for an adapter")
+            yield Fault(
+                key, True, "quantized weights cannot be trained themselves", "add use_peft: true for an adapter"
+            )
         if recipe[key] and own.accelerate_config is not None and "zero3" in Path(own.accelerate_config).stem:
             why = "ZeRO-3 shards weights, bitsandbytes' quantized ones cannot be sharded"
             yield Fault(key, True, f"{why} (accelerate_config {own.accelerate_config})", "use zero2 or ddp, or drop it")
@@ -342,7 +352,7 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
 
 def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     group = recipe["num_generations"]
-    if group < 2:
+    if group is None or group < 2:
         why = "GRPO compares the completions of one prompt with each other"
         yield Fault("num_generations", group, why, "give at least 2; 8 is common")
     if recipe["max_completion_length"] is not None and recipe["max_completion_length"] < 1:
@@ -354,7 +364,7 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
         why = "steps_per_generation is given as well, and each fixes the other"
         yield Fault("generation_batch_size", recipe["generation_batch_size"], why, "keep one of the two")
     if recipe.dedicated_server and (recipe["load_in_4bit"] or recipe["load_in_8bit"]):
-        why = "TRL's server mode merges the adapter into the base weights, which quantized weights do not allow (trl#4973)"
+        why = "TRL's server mode merges the adapter into the base, which quantized weights do not allow (trl#4973)"
         yield Fault("vllm_mode", "server", why, "use vllm_mode: colocate or use_vllm: false")
     if not recipe.dedicated_server and recipe.own.server_gpus is not None:
         why = "this recipe starts no policy server"

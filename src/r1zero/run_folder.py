@@ -97,9 +97,8 @@ class RunFolder:
         """The lines of `metrics` so far; a last line still being written is left out."""
         if not self.metrics.exists():
             return
-        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+        for line in self.metrics.read_text(encoding="utf-8").split("\n")[:-1]:
+            yield json.loads(line)
 
 
 def default_path(runs_dir: str, recipe_name: str, output_dir: str | None, now: float | None = None) -> Path:
@@ -164,7 +163,9 @@ def versions(project: Path, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _git(project: Path, *args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(project), *args], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(project), *args], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -33,7 +33,7 @@ from tokenizers.models import BPE
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from r1zero.tasks import arithmetic
-from r1zero.tasks.prompts import R1RL_SYSTEM, r1rl
+from r1zero.tasks.prompts import R1RL_SYSTEM, r1rl, r1rl_completion
 
 MODEL_NAME = "r1zero/tiny-arithmetic"
 PAD, EOS = "<pad>", "<eos>"
@@ -204,8 +204,10 @@ def _batches(pretraining: Pretraining) -> Iterator[list[str]]:
         texts = []
         for a, b in rng.choices(train, k=pretraining.batch_size):
             careful = step < pretraining.careful_share * pretraining.steps
-            solution = arithmetic.worked_solution(a, b) if careful else arithmetic.careless_solution(a, b, rng)
-            texts.append(f"{r1rl(arithmetic.question(a, b))}{solution}{EOS}")
+            faultless = arithmetic.worked_solution(a, b), a + b
+            solution, answer = faultless if careful else arithmetic.careless_solution(a, b, rng)
+            completion = r1rl_completion(solution, str(answer))
+            texts.append(f"{r1rl(arithmetic.question(a, b))}{completion}{EOS}")
         yield texts
 
 

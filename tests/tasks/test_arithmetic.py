@@ -14,10 +14,6 @@ def numbers(question: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def answer(solution: str) -> str:
-    return solution.split("<answer>")[1].split("</answer>")[0].strip()
-
-
 def test_a_split_is_the_same_each_time_and_the_seed_decides_its_order_only() -> None:
     first, again, other = arithmetic.load("test"), arithmetic.load("test"), arithmetic.load("test", seed=1)
     assert first == again
@@ -37,13 +33,15 @@ def test_the_splits_share_nothing_not_even_with_the_numbers_swapped() -> None:
 def test_the_gold_answer_is_the_sum_and_so_is_the_worked_one(split: str) -> None:
     for problem in arithmetic.load(split):
         a, b = numbers(problem.question)
-        assert problem.gold == str(a + b) == answer(problem.solution)
+        assert problem.gold == str(a + b)
+        tens, ones = int(problem.solution.rpartition("=")[2]), int(problem.solution.split("\n")[0][-1])
+        assert 10 * tens + ones == a + b
         assert problem.source == f"arithmetic/{split}"
 
 
-def test_the_worked_solution_reads_as_column_addition_that_goes_on_from_the_reasoning_tag() -> None:
-    expected = "\nones 7+8=15\ntens 4+3+1=8\n</reasoning>\n<answer>\n85\n</answer>"
-    assert arithmetic.worked_solution(47, 38) == expected
+def test_the_worked_solution_reads_as_column_addition() -> None:
+    assert arithmetic.worked_solution(47, 38) == "ones 7+8=15\ntens 4+3+1=8"
+    assert arithmetic.worked_solution(41, 32) == "ones 1+2=3\ntens 4+3=7"
 
 
 def test_each_step_of_each_worked_solution_is_true() -> None:
@@ -55,7 +53,7 @@ def test_each_step_of_each_worked_solution_is_true() -> None:
 def test_careless_solutions_are_mostly_wrong_but_right_often_enough_to_learn_from() -> None:
     rng = random.Random(0)
     drawn = rng.choices(arithmetic.pairs("train"), k=4000)
-    right = sum(answer(arithmetic.careless_solution(a, b, rng)) == str(a + b) for a, b in drawn)
+    right = sum(arithmetic.careless_solution(a, b, rng)[1] == a + b for a, b in drawn)
     assert 0.25 < right / len(drawn) < 0.5
 
 

@@ -12,7 +12,7 @@ class Score:
     """A mean over questions with its 95 % interval.
 
     >>> mean_score([[1, 0], [1, 1], [0, 0], [1, 0]])
-    Score(mean=0.5, low=0.179, high=0.821, questions=4, samples=2)
+    Score(mean=0.5, low=0.188, high=0.812, questions=4, samples=2)
 
     Attributes:
         mean: share of correct completions, every question weighing the same.

@@ -13,7 +13,7 @@ from r1zero.run_folder import RunFolder, read_json
 
 
 class Display:
-    """On a terminal one line that is rewritten as the run goes; elsewhere (ssh without one, Slurm) a plain line a step."""
+    """On a terminal one line that is rewritten as the run goes; elsewhere (a file, a Slurm log) a plain line a step."""
 
     def __init__(self, console: Console, folder: RunFolder) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""How a run says where it is: one line a step, the same from the trainer, in the launcher and in a Slurm log. No torch."""
+"""How a run says where it is: one line a step, the same in the trainer's log and from the launcher. No torch."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,6 +1,6 @@
 """Which experiment trackers a run reports to. Nothing here asks a question, needs a login or stops a run.
 
-Weights & Biases is on when the user has it configured, with one run per run folder; without a network it goes on offline.
+Weights & Biases is on when the user has it configured, one run per run folder; without a network it goes on offline.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def start_wandb(run_folder: Path, config: dict[str, Any]) -> str:
     """
     import wandb
 
-    settings = {
+    settings: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", "r1zero"),
         "id": run_folder.name,
         "name": run_folder.name,
@@ -39,8 +39,11 @@ def start_wandb(run_folder: Path, config: dict[str, Any]) -> str:
         run = wandb.init(**settings, settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True))
     except (wandb.errors.Error, OSError) as error:
         why = " ".join(str(error).split())[:200]
+        wandb.teardown()  # its service still holds the id of the run that did not start
         run = wandb.init(**settings, mode="offline", settings=wandb.Settings(silent=True))
-        return f"Weights & Biases cannot be reached ({why}); offline: `wandb sync {run.settings.sync_dir}` sends it later"
+        return (
+            f"Weights & Biases cannot be reached ({why}); offline: `wandb sync {run.settings.sync_dir}` sends it later"
+        )
     return f"Weights & Biases: {run.url or 'offline, ' + str(run.settings.sync_dir)}"
 
 

@@ -13,9 +13,9 @@ HELD_OUT_PAIRS = 250  # unordered, of two different numbers: 500 test problems
 HELD_OUT_SEED = 3407  # what is held out never depends on the caller's seed
 
 # How often a careless writer goes wrong. Together: right about one time in three.
-GUESS_RATE = 0.63  # writes no steps and answers with a number nearby
-SLIP_RATE = 0.015  # at each step: one too many or one too few
-FORGOTTEN_CARRY_RATE = 0.05  # where there is a carry
+GUESS_RATE = 0.66  # writes no steps and answers with a number nearby
+SLIP_RATE = 0.005  # at each step: one too many or one too few
+FORGOTTEN_CARRY_RATE = 0.02  # where there is a carry
 
 
 def pairs(split: str) -> list[tuple[int, int]]:
@@ -37,22 +37,22 @@ def question(a: int, b: int) -> str:
 
 
 def worked_solution(a: int, b: int) -> str:
-    r"""The column addition of `a` and `b`, as it follows the prompt's ``<reasoning>``.
+    r"""The column addition of `a` and `b`.
 
     >>> worked_solution(47, 38)
-    '\nones 7+8=15\ntens 4+3+1=8\n</reasoning>\n<answer>\n85\n</answer>'
+    'ones 7+8=15\ntens 4+3+1=8'
     """
-    return _column_addition(a, b, ones_slip=0, carry_forgotten=False, tens_slip=0)
+    return _column_addition(a, b, ones_slip=0, carry_forgotten=False, tens_slip=0)[0]
 
 
-def careless_solution(a: int, b: int, rng: random.Random) -> str:
-    """What a writer who knows column addition but takes little care puts down: the embedded model's pretraining text.
+def careless_solution(a: int, b: int, rng: random.Random) -> tuple[str, int]:
+    """Steps and answer of a writer who can add but takes little care: the embedded model's pretraining text.
 
     A slip is carried through to the answer, so a wrong step leads to a wrong answer, and someone who skips the steps is
     seldom right. A reward for the answer alone can therefore teach both to show the steps and to take care in each.
     """
     if rng.random() < GUESS_RATE:
-        return _closing("", a + b + rng.randint(-10, 10))
+        return "", a + b + rng.randint(-10, 10)
     return _column_addition(
         a,
         b,
@@ -76,14 +76,10 @@ def _slip(rng: random.Random) -> int:
     return rng.choice((-1, 1)) if rng.random() < SLIP_RATE else 0
 
 
-def _column_addition(a: int, b: int, *, ones_slip: int, carry_forgotten: bool, tens_slip: int) -> str:
+def _column_addition(a: int, b: int, *, ones_slip: int, carry_forgotten: bool, tens_slip: int) -> tuple[str, int]:
     ones = max(a % 10 + b % 10 + ones_slip, 0)
     carry = 0 if carry_forgotten else ones // 10
     tens = a // 10 + b // 10 + carry + tens_slip
     carried = f"+{carry}" if carry else ""
-    steps = f"ones {a % 10}+{b % 10}={ones}\ntens {a // 10}+{b // 10}{carried}={tens}\n"
-    return _closing(steps, 10 * tens + ones % 10)
-
-
-def _closing(steps: str, answer: int) -> str:
-    return f"\n{steps}</reasoning>\n<answer>\n{answer}\n</answer>"
+    steps = f"ones {a % 10}+{b % 10}={ones}\ntens {a // 10}+{b // 10}{carried}={tens}"
+    return steps, 10 * tens + ones % 10

@@ -29,7 +29,8 @@ def load(split: str, dataset_name: str = HUB_ID, remove_commas: bool = True) -> 
             question, answer = row["question"], row["answer"]
         except (KeyError, TypeError) as error:
             raise DatasetError(
-                f"{dataset_name}, {split} row {number}: needs the columns question and answer, has {list(row)}"
+                f"{dataset_name}, {split} row {number}: needs the columns question and answer, has "
+                f"{list(row) if isinstance(row, Mapping) else repr(row)[:100]}"
             ) from error
         worked, mark, gold = str(answer).rpartition("####")
         gold = gold.strip()
@@ -51,8 +52,9 @@ def _rows(split: str, dataset_name: str) -> Iterable[Mapping[str, Any]]:
         import datasets
 
         try:
-            return iter(datasets.load_dataset(dataset_name, "main", split=split))
-        except Exception as error:  # noqa: BLE001 - the hub, the cache and the builders raise many kinds
+            rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(dataset_name, "main", split=split)
+            return rows
+        except Exception as error:  # the hub, the cache and the builders raise many kinds
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             remedy = "offline, name a local folder with train.jsonl and test.jsonl: --dataset_name FOLDER"
             raise DatasetError(f"{dataset_name}: cannot be loaded ({why}); {remedy}") from error
@@ -69,7 +71,7 @@ def _rows(split: str, dataset_name: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _json_lines(file: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

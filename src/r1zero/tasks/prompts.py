@@ -1,6 +1,6 @@
 """Prompt templates by name: from a question to exactly what the model reads.
 
-A template is a published fact of its method. Each is quoted with its source and held by a golden test of its exact text.
+A template is a published fact of its method: each is quoted with its source, and a golden test holds its exact text.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,16 @@ def r1rl(question: str) -> Prompt:
 def r1rl_chat(question: str) -> Prompt:
     """R1RL's chat mode, without the prefix: the tokenizer's own chat template adds the generation prompt."""
     return [{"role": "system", "content": R1RL_SYSTEM}, {"role": "user", "content": question}]
+
+
+def r1rl_completion(solution: str, answer: str) -> str:
+    r"""What completes `r1rl`'s prompt, in the form that it asks for: the model is already inside ``<reasoning>``.
+
+    >>> r1rl_completion("12 + 30 = 42", "42")
+    '\n12 + 30 = 42\n</reasoning>\n<answer>\n42\n</answer>'
+    """
+    steps = f"{solution}\n" if solution else ""
+    return f"\n{steps}</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
 def none(question: str) -> Prompt:

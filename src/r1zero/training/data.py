@@ -7,7 +7,7 @@ from datasets import Dataset
 from r1zero.recipe import Recipe
 from r1zero.tasks import load_problems
 from r1zero.tasks.problem import DatasetError, Problem
-from r1zero.tasks.prompts import TEMPLATES
+from r1zero.tasks.prompts import TEMPLATES, r1rl_completion
 
 
 def problems_of(recipe: Recipe, split: str) -> list[Problem]:
@@ -39,22 +39,24 @@ def for_sft(problems: list[Problem], recipe: Recipe) -> Dataset:
     The completion answers in the form that the template asks for and GRPO later grades.
     """
     template = TEMPLATES[recipe.own.prompt_template]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in problems:
         if not each.solution:
             raise DatasetError(f"{each.source}: {each.question!r} has no worked solution to learn from")
         prompt = template(each.question)
-        body = f"{each.solution}\n</reasoning>\n<answer>\n{each.gold}\n</answer>"
-        if isinstance(prompt, str):
-            # The prompt ends with the reasoning tag where its template has the prefix.
-            opened = prompt.endswith("<reasoning>")
-            rows.append({"prompt": prompt, "completion": "\n" + body if opened else "\n<reasoning>\n" + body})
+        inside = r1rl_completion(each.solution, each.gold)
+        if not isinstance(prompt, str):
+            rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": f"<reasoning>{inside}"}]})
+        elif prompt.endswith("<reasoning>"):
+            rows.append({"prompt": prompt, "completion": inside})
         else:
-            rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": "<reasoning>\n" + body}]})
+            rows.append({"prompt": prompt, "completion": f"\n<reasoning>{inside}"})
     return Dataset.from_list(rows)
 
 
 def _tokens(prompt: Any, tokenizer: Any) -> int:
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+    return len(
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    )

@@ -54,7 +54,9 @@ def train(recipe: Recipe, folder: Path | None, project: Path) -> None:
 def _held_out(recipe: Recipe, tokenizer: Any) -> list[Problem]:
     if recipe.own.eval_count == 0:
         return []
-    return held_out.subset(data.within_limit(data.problems_of(recipe, "test"), recipe, tokenizer), recipe.own.eval_count)
+    return held_out.subset(
+        data.within_limit(data.problems_of(recipe, "test"), recipe, tokenizer), recipe.own.eval_count
+    )
 
 
 class _MeasureOnTheWay(TrainerCallback):  # type: ignore[misc]
@@ -69,4 +71,5 @@ class _MeasureOnTheWay(TrainerCallback):  # type: ignore[misc]
         every = self.recipe["eval_steps"] or args.logging_steps
         if state.global_step % every == 0 and state.global_step < state.max_steps:
             label = f"measuring at step {state.global_step}"
-            held_out.measure(self.trainer, self.problems, self.recipe.own, label)
+            with self.trainer.clock.stopped():
+                held_out.measure(self.trainer, self.problems, self.recipe.own, label)

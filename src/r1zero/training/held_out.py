@@ -32,7 +32,7 @@ def subset(problems: list[Problem], count: int | None) -> list[Problem]:
 
 
 def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, label: str) -> Score:
-    """Sample, grade and record `keys.eval_samples` completions of each problem. A collective: every process calls it."""
+    """Sample, grade and record `keys.eval_samples` completions of each problem. A collective: all processes call it."""
     began = time.monotonic()
     accelerator, step = trainer.accelerator, trainer.state.global_step
     samples = keys.eval_samples
@@ -49,7 +49,9 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
         torch.manual_seed(SEED + accelerator.process_index)
         for at in range(0, share, per_round):
             indices = [index for index in own[at : at + per_round] for _ in range(samples)]
-            for index, (text, ids) in zip(indices, _complete(trainer, [prompts[i] for i in indices], samples), strict=True):
+            for index, (text, ids) in zip(
+                indices, _complete(trainer, [prompts[i] for i in indices], samples), strict=True
+            ):
                 graded = grade(text, problems[index].gold, keys.remove_commas)
                 row = {
                     "step": step,
@@ -86,14 +88,13 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
         },
         flat,
     )
-    trainer.clock.restart()
     return score
 
 
 def _completions_at_a_time(trainer: PolicyTrainer) -> int:
     """How many completions one process asks for at once: vLLM queues them, transformers must hold them in memory."""
     if trainer.use_vllm:
-        return 4096 // trainer.accelerator.num_processes
+        return 4096 // int(trainer.accelerator.num_processes)
     return int(trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation)
 
 

@@ -1,4 +1,4 @@
-"""The door of one trainer process: arguments, then `grpo.train` or `sft.train`. Imports torch only once they are right."""
+"""The door of one trainer process: arguments, then `grpo.train` or `sft.train`. Torch comes once they are right."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def main(method: str, project: Path) -> int:
         0, or 2 when the recipe or its data cannot run.
     """
     parser = argparse.ArgumentParser(
-        description=f"One {method} trainer process, as `accelerate launch` runs it. launch/run.py does the rest as well.",
+        description=f"One {method} trainer process, as `accelerate launch` runs it. launch/run.py does the rest.",
         epilog="Any key of the recipe can be overridden: --key value.",
         allow_abbrev=False,
     )
@@ -30,7 +30,9 @@ def main(method: str, project: Path) -> int:
             raise recipe.fault("method", f"this is launch/{method}.py", f"start launch/{recipe.own.method}.py")
         if recipe.launches_server:
             why = "started by hand there is no launcher to start the policy server"
-            remedy = "start `vllm serve` and pass --vllm_server_base_url, or use launch/run.py, whose --dry-run shows both"
+            remedy = (
+                "start `vllm serve` and pass --vllm_server_base_url, or use launch/run.py, whose --dry-run shows both"
+            )
             raise recipe.fault("vllm_mode", why, remedy)
         _train(method)(recipe, known.run_folder, project)
     except (RecipeError, DatasetError) as error:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -26,7 +27,8 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
         folder: the run folder that the launcher made; None, started by hand: a new one is made here.
         project: the checkout, for its git commit.
     """
-    state = PartialState()
+    cpu = recipe.library.get("use_cpu", not torch.cuda.is_available())  # several processes on a CPU talk over gloo
+    state = PartialState(cpu=bool(cpu))
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     recorder = Recorder(_agreed_folder(recipe, folder, state), state.is_main_process)

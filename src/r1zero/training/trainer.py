@@ -1,7 +1,7 @@
 """GRPOTrainer with a clock and a notebook: the algorithm is TRL's, untouched.
 
-Written against TRL 1.16.0. Two of its methods are wrapped, `_generate_single_turn` and `_calculate_rewards`; a test fails
-when their signatures move.
+Written against TRL 1.16.0. Two of its methods are wrapped, `_generate_single_turn` and `_calculate_rewards`; a test
+fails when their signatures move.
 """
 
 import time
@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 from r1zero.training.recorder import Recorder, prompt_text
 
 
-class PolicyTrainer(GRPOTrainer):
+class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
     """TRL's trainer, which also writes down every rollout and where the time of a step went."""
 
     def __init__(self, *args: Any, recorder: Recorder, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ class PolicyTrainer(GRPOTrainer):
         completion_ids: list[list[int]],
         rewards: torch.Tensor,
     ) -> None:
-        """Gather this generation's rollouts on the main process. `rewards` is already gathered, (all processes, functions)."""
+        """Gather this generation's rollouts on the main process. `rewards`, (completions, functions), is already."""
         first = self.accelerator.process_index * len(prompts)
         weights = self.reward_weights.to(rewards.device)
         own = (rewards[first : first + len(prompts)] * weights).nansum(dim=1).tolist()
@@ -110,7 +110,7 @@ class Clock:
                 self._inner[-1] += elapsed
 
     def read(self, steps: int) -> dict[str, float]:
-        """Mean seconds a step by phase over the last `steps` steps, and start anew. "train" is all that no phase took."""
+        """Mean seconds by phase over the last `steps` steps, and start anew. "train" is all that no phase took."""
         now = time.perf_counter()
         total = now - self._since
         seconds = {f"seconds/{name}": value / steps for name, value in self._seconds.items()}
@@ -120,8 +120,18 @@ class Clock:
         self._since = now
         return seconds
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens inside is no part of any step, such as a measurement before the step is logged."""
+        began, before = time.perf_counter(), dict(self._seconds)
+        try:
+            yield
+        finally:
+            self._seconds = defaultdict(float, before)
+            self._since += time.perf_counter() - began
+
     def restart(self) -> None:
-        """Forget what went before, such as a measurement between two steps."""
+        """Forget what went before."""
         self._seconds.clear()
         self._since = time.perf_counter()
 

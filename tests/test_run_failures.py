@@ -1,0 +1,470 @@
+"""launch/run.py as a process of its own, ended in every way and phase: nothing of it stays, and it says why it ended.
+
+"Nothing stays" is looked for honestly: not only the processes seen below the launcher while it ran, but every process
+of the machine whose environment, command line or working folder carries this launch's mark.
+"""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from r1zero.run_folder import RunFolder, read_json
+from tests.conftest import PROJECT
+
+STAND_INS = Path(__file__).with_name("stand_ins")
+SLOW_S = 90.0  # until something is up, on a machine that others use as well
+STOP_S = 25.0  # from a signal to the end: ten seconds of grace, and looking
+GONE_S = 10.0  # how long children may outlive a launcher that could not stop them
+QUIET = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+RECIPE = """
+method: grpo
+task: arithmetic
+prompt_template: r1rl
+model_name_or_path: {model}
+use_vllm: {use_vllm}
+per_device_train_batch_size: 32
+num_generations: 8
+max_completion_length: 20
+max_steps: 1000
+eval_count: 40
+report_to: none
+save_strategy: "no"
+"""
+SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+CODES = {SIGINT: 130, SIGTERM: 143}
+
+
+class Launch:
+    """One launcher, what was seen below it, and how it ended."""
+
+    def __init__(
+        self, script: Path, folder: Path, arguments: tuple[str, ...], env: dict[str, str], terminal: bool = False
+    ) -> None:
+        self.folder, self.run_folder = folder, RunFolder(folder / "run")
+        self.mark = uuid.uuid4().hex
+        self._output = folder / "output.txt"
+        command = [sys.executable, str(script), "recipe.yaml", "--output_dir", str(self.run_folder.path), *arguments]
+        self._output.touch()
+        self.keyboard, screen = pty.openpty() if terminal else (-1, -1)
+        with self._output.open("wb") as output:
+            self.popen = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**os.environ, **QUIET, **env, "R1ZERO_TESTED_AS": self.mark},
+                stdin=screen if terminal else subprocess.DEVNULL,
+                stdout=screen if terminal else output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
+            )
+        if terminal:
+            os.close(screen)
+            threading.Thread(target=self._read_screen, daemon=True).start()
+        self._seen: set[psutil.Process] = set()
+
+    def _read_screen(self) -> None:
+        with self._output.open("ab", buffering=0) as output, suppress(OSError):  # OSError: all of its users are gone
+            while read := os.read(self.keyboard, 4096):
+                output.write(read)
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    @property
+    def last_lines(self) -> list[str]:
+        """What a person sees without scrolling."""
+        return self.output.splitlines()[-40:]
+
+    def log(self, name: str) -> str:
+        log = self.run_folder.logs / f"{name}.log"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    @property
+    def phase(self) -> str | None:
+        status = read_json(self.run_folder.status)
+        return None if status is None else str(status["phase"])
+
+    @property
+    def steps(self) -> int:
+        return sum(line["kind"] == "step" for line in self.run_folder.read_metrics())
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.run_folder.summary) or {}
+
+    @property
+    def ports(self) -> list[int]:
+        """The ports of the plan: the server's, the weights' group's."""
+        plan = self.run_folder.plan.read_text() if self.run_folder.plan.exists() else ""
+        return sorted({int(port) for port in re.findall(r"port (\d+)", plan)})
+
+    def below(self) -> list[psutil.Process]:
+        """What lives below the launcher now; remembered."""
+        found = []
+        with suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.popen.pid).children(recursive=True)
+        self._seen.update(found)
+        return found
+
+    def find(self, word: str, but: str = "no such word") -> psutil.Process:
+        """The one process below the launcher with `word`, and without `but`, in its command."""
+        found = []
+        for process in self.below():
+            with suppress(psutil.Error):
+                if word in (line := " ".join(process.cmdline())) and but not in line:
+                    found.append(process)
+        assert len(found) == 1, f"{word}: {found}"
+        return found[0]
+
+    def until(self, condition: Callable[[], object], seconds: float = SLOW_S) -> None:
+        """Wait until `condition` holds while the launcher lives."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self.below()
+            assert self.popen.poll() is None, f"ended early with {self.popen.returncode}:\n{self.output}"
+            assert time.monotonic() < deadline, f"not within {seconds} s:\n{self.output}"
+            time.sleep(0.05)
+
+    def signal(self, signum: int) -> None:
+        """Send the launcher a signal, having looked at what is below it."""
+        self.below()
+        self.popen.send_signal(signum)
+
+    def end(self, within_s: float) -> int:
+        """The exit code, once the launcher has ended by itself; nothing of it is left then."""
+        began = time.monotonic()
+        while self.popen.poll() is None:
+            self.below()
+            assert time.monotonic() - began < within_s, f"still there after {within_s} s:\n{self.output}"
+            time.sleep(0.05)
+        print(f"ended with {self.popen.returncode} after {time.monotonic() - began:.1f} s\n{self.output}")
+        assert self.left() == []
+        self.ports_are_free()
+        return self.popen.returncode
+
+    def wait_for_output(self, words: str) -> None:
+        """What a terminal shows comes through a thread of ours, maybe after the launcher's end."""
+        deadline = time.monotonic() + 10
+        while words not in self.output:
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+
+    def left(self) -> list[str]:
+        """What belongs to this launch and lives, anywhere on this machine."""
+        return [str(process) for process in self._living()]
+
+    def ports_are_free(self) -> None:
+        for port in self.ports:
+            with socket.socket() as held:
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server does: past TIME_WAIT
+                held.bind(("127.0.0.1", port))
+                held.listen()
+
+    def clean_up(self) -> None:
+        """End what a failed test left; by its id, and only what is this launch's."""
+        for process in self._living():
+            with suppress(psutil.Error):
+                process.kill()
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        if self.keyboard != -1:
+            os.close(self.keyboard)
+
+    def _living(self) -> list[psutil.Process]:
+        living = []
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess):
+                if process.pid == self.popen.pid and self.popen.poll() is not None:
+                    continue
+                if process.status() != psutil.STATUS_ZOMBIE and (process in self._seen or self._marked(process)):
+                    living.append(process)
+        return living
+
+    def _marked(self, process: psutil.Process) -> bool:
+        with suppress(psutil.AccessDenied, OSError):
+            if process.environ().get("R1ZERO_TESTED_AS") == self.mark:
+                return True
+        with suppress(psutil.AccessDenied, OSError):
+            places = [process.cwd(), *process.cmdline()]
+            return any(self.folder == path or self.folder in path.parents for path in map(Path, places))
+        return False
+
+
+Start = Callable[..., Launch]
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launch]]:
+    started: list[Launch] = []
+    yield started
+    for each in started:
+        each.clean_up()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local folder with the embedded model, eight steps old; one for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "failing-runs-model"
+    code = "from r1zero import tiny; print(tiny.ensure(tiny.Pretraining(steps=8)))"
+    env = {**os.environ, **QUIET, "R1ZERO_CACHE": str(cache)}
+    made = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(made.stdout.strip())
+
+
+@pytest.fixture
+def start(tmp_path: Path, model: Path, launches: list[Launch]) -> Start:
+    """launch/run.py with a real trainer on the CPU."""
+
+    def call(*arguments: str) -> Launch:
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=model, use_vllm="false"))
+        env = {"CUDA_VISIBLE_DEVICES": "", "R1ZERO_CACHE": str(tmp_path / "cache")}
+        launches.append(Launch(PROJECT / "launch" / "run.py", tmp_path, arguments, env))
+        return launches[-1]
+
+    return call
+
+
+@pytest.fixture
+def start_with_server(tmp_path: Path, launches: list[Launch]) -> Start:
+    """The launcher with a stand-in server and a stand-in trainer, on two GPUs that are not there."""
+
+    def call(*arguments: str, server: str = "ok", trainer: str = "trains", terminal: bool = False) -> Launch:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tmp_path / "model", use_vllm="true"))
+        (tmp_path / "project" / "launch").mkdir(parents=True)
+        (tmp_path / "project" / "launch" / "grpo.py").symlink_to(STAND_INS / "trainer.py")
+        (tmp_path / "project" / "accelerate_configs").symlink_to(PROJECT / "accelerate_configs")
+        env = {
+            "R1ZERO_STAND_IN_PROJECT": str(tmp_path / "project"),
+            "R1ZERO_STAND_IN_SERVER": server,
+            "R1ZERO_STAND_IN_TRAINER": trainer,
+            "CUDA_VISIBLE_DEVICES": "0,1",
+        }
+        script, arguments = STAND_INS / "launch_with_server.py", ("--vllm_mode", "server", *arguments)
+        launches.append(Launch(script, tmp_path, arguments, env, terminal))
+        return launches[-1]
+
+    return call
+
+
+def assert_interrupted(launch: Launch, signum: signal.Signals) -> None:
+    launch.signal(signum)
+    assert launch.end(STOP_S) == CODES[signum]
+    assert launch.output.splitlines()[-1] == f"error: the run was interrupted: {signum.name} received"
+    assert launch.summary["outcome"] == "interrupted"
+    assert launch.summary["reason"] == f"{signum.name} received"
+    assert "Traceback" not in launch.output
+
+
+def assert_failed(launch: Launch, within_s: float, *reason: str) -> None:
+    assert launch.end(within_s) == 1
+    assert "error: the run failed: " in "\n".join(launch.last_lines)
+    for words in reason:
+        assert words in "\n".join(launch.last_lines)
+        assert words in launch.summary["reason"]
+    assert launch.summary["outcome"] == "failed"
+
+
+def assert_gone_after_kill_9(launch: Launch) -> None:
+    """kill -9 of the launcher: what it had started ends without it."""
+    assert len(launch.below()) > 2
+    launch.signal(signal.SIGKILL)
+    launch.popen.wait()
+    began = time.monotonic()
+    while launch.left():
+        assert time.monotonic() - began < GONE_S, launch.left()
+        time.sleep(0.1)
+    print(f"all gone {time.monotonic() - began:.1f} s after kill -9")
+    launch.ports_are_free()
+    assert launch.popen.returncode == -signal.SIGKILL
+
+
+def preparing(launch: Launch) -> bool:
+    """The model is being made: its folder under another name is there."""
+    return any(path.is_dir() for path in (launch.folder / "cache").glob("tiny-arithmetic-*"))
+
+
+PHASES: dict[str, tuple[tuple[str, ...], Callable[[Launch], object]]] = {
+    "preparing the model": (("--model_name_or_path", "r1zero/tiny-arithmetic"), preparing),
+    "starting the trainer": ((), lambda launch: "starting the trainer" in launch.output),
+    "loading model and data": ((), lambda launch: launch.phase == "loading model and data"),
+    "measuring": (
+        ("--eval_on_start", "true", "--eval_samples", "200"),
+        lambda launch: launch.phase == "measuring before training",
+    ),
+    "training": ((), lambda launch: launch.steps >= 2),
+}
+
+
+# Before anything is started
+
+
+@pytest.mark.parametrize("signum", [SIGINT, SIGTERM])
+def test_a_signal_while_the_recipe_is_read(tmp_path: Path, launches: list[Launch], signum: signal.Signals) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")  # a read that lasts, as a download of the model's config may
+    launch = Launch(PROJECT / "launch" / "run.py", tmp_path, (), {})
+    launches.append(launch)
+    writers: list[int] = []
+
+    def is_read() -> bool:
+        with suppress(OSError):  # nobody has it open yet
+            writers.append(os.open(tmp_path / "recipe.yaml", os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    launch.until(is_read)
+    launch.signal(signum)
+    code = launch.end(STOP_S)
+    os.close(writers[0])
+    assert not launch.run_folder.path.exists()
+    if signum == SIGINT:
+        assert (code, launch.output) == (130, "error: SIGINT received before anything was started\n")
+    else:
+        assert code in (143, -SIGTERM)  # a shell calls either 143
+
+
+# With a real trainer on the CPU. One start costs about five seconds, so SIGTERM in training is left to the stand-ins.
+
+
+@pytest.mark.parametrize(
+    ("phase", "signum"),
+    [*((phase, SIGINT) for phase in PHASES), ("preparing the model", SIGTERM), ("starting the trainer", SIGTERM)],
+)
+def test_a_signal_in_this_phase_ends_all(start: Start, phase: str, signum: signal.Signals) -> None:
+    arguments, reached = PHASES[phase]
+    launch = start(*arguments)
+    launch.until(lambda: reached(launch))
+    assert_interrupted(launch, signum)
+    assert not launch.run_folder.model.exists()
+
+
+def test_kill_9_of_the_trainer(start: Start) -> None:
+    launch = start()
+    launch.until(lambda: launch.steps >= 2)
+    launch.find("grpo.py", but="accelerate.commands.launch").kill()
+    assert_failed(launch, STOP_S, "trainer: exited with code 1", "SIGKILL", "logs/trainer.log", "/1000  reward")
+
+
+def test_kill_9_of_the_launcher_with_a_real_trainer(start: Start) -> None:
+    launch = start()
+    launch.until(lambda: launch.steps >= 2)
+    assert_gone_after_kill_9(launch)
+
+
+# With a server, which stands in for vLLM
+
+
+def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
+    launch = start_with_server(server="dies")
+    launch.until(lambda: "starting the policy server" in launch.output)
+    assert_failed(launch, STOP_S, "server: exited with code 3", "CUDA out of memory", "engine core failed to start")
+    assert launch.phase is None  # no trainer was started
+
+
+@pytest.mark.parametrize(
+    ("mode", "how_far"),
+    [("refuses", "connection refused"), ("hang-after-health", "/health answered 200, but no token was generated")],
+)
+def test_a_server_that_is_never_ready(start_with_server: Start, mode: str, how_far: str) -> None:
+    launch = start_with_server("--server_ready_timeout", "3", server=mode)
+    launch.until(lambda: "starting the policy server" in launch.output)
+    assert_failed(launch, 3 + STOP_S, "not ready after 3 s", how_far)
+
+
+@pytest.mark.parametrize("signum", [SIGINT, SIGTERM])
+def test_a_signal_while_the_server_starts(start_with_server: Start, signum: signal.Signals) -> None:
+    launch = start_with_server(server="slow")
+    launch.until(lambda: "/health" in launch.log("server"))
+    assert_interrupted(launch, signum)
+
+
+def test_a_signal_while_server_and_trainer_run(start_with_server: Start) -> None:
+    launch = start_with_server()
+    launch.until(lambda: launch.steps >= 2)
+    assert_interrupted(launch, SIGTERM)
+
+
+def test_ctrl_c_on_a_terminal(start_with_server: Start) -> None:
+    """The key itself, while a live line is on the screen: the terminal sends the signal, and is left as it was."""
+    launch = start_with_server(terminal=True)
+    launch.until(lambda: launch.steps >= 2 and HIDE_CURSOR in launch.output)
+    launch.below()
+    os.write(launch.keyboard, b"\x03")
+    assert launch.end(STOP_S) == 130
+    launch.wait_for_output("error: the run was interrupted: SIGINT received")
+    assert launch.output.rindex(SHOW_CURSOR) > launch.output.rindex(HIDE_CURSOR)
+    assert launch.summary["outcome"] == "interrupted"
+    assert "Traceback" not in launch.output
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_server_that_hangs(start_with_server: Start) -> None:
+    launch = start_with_server(server="ignores-sigterm")
+    launch.until(lambda: launch.steps >= 2)
+    trainer = launch.find("accelerate.commands.launch")
+    launch.signal(SIGINT)
+    launch.until(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, GONE_S)
+    launch.signal(SIGINT)
+    assert launch.end(7) == 130  # the server's ten seconds of grace have only begun
+    assert launch.summary["reason"] == "SIGINT received"
+
+
+@pytest.mark.parametrize("trainer", ["trains", "needs-server"])
+def test_kill_9_of_the_server(start_with_server: Start, trainer: str) -> None:
+    launch = start_with_server(trainer=trainer)
+    launch.until(lambda: launch.steps >= 2)
+    launch.find("vllm_serve.py").kill()
+    assert_failed(launch, GONE_S, "server: killed by SIGKILL", "logs/server.log", "stand-in server: ")
+    assert launch.summary["reason"].startswith("server: ")
+
+
+def test_kill_9_of_accelerate_leaves_no_trainer(start_with_server: Start) -> None:
+    launch = start_with_server()
+    launch.until(lambda: launch.steps >= 2)
+    launch.find("accelerate.commands.launch").kill()
+    assert_failed(launch, STOP_S, "trainer: killed by SIGKILL", "/1000  reward")
+
+
+def test_a_trainer_that_fails(start_with_server: Start) -> None:
+    launch = start_with_server(trainer="fails")
+    launch.until(lambda: launch.steps >= 2)
+    assert_failed(launch, STOP_S, "trainer: exited with code 1", "ValueError: the stand-in's loss is nan")
+
+
+@pytest.mark.parametrize("server", ["ok", "ignores-sigterm"])
+def test_when_the_trainer_is_done_the_server_is_stopped(start_with_server: Start, server: str) -> None:
+    launch = start_with_server(trainer="finishes", server=server)
+    launch.until(lambda: launch.phase == "done")
+    assert launch.end(STOP_S) == 0
+    assert launch.summary["outcome"] == "finished"
+    assert launch.summary["seconds_in_all"] > 0
+    assert len(launch.ports) == 2
+
+
+def test_kill_9_of_the_launcher_with_a_server(start_with_server: Start) -> None:
+    launch = start_with_server(server="ignores-sigterm")
+    launch.until(lambda: launch.steps >= 2)
+    assert_gone_after_kill_9(launch)
