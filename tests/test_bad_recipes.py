@@ -255,6 +255,28 @@ def test_bad_overrides(overrides: list[str], words: list[str], place: Path, run)
         assert word in answer.err
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"report_to": "clearml"}, ["report_to = 'clearml'", "package clearml", "pip install clearml"]),
+        (
+            {"load_in_8bit": True, "use_peft": True},
+            ["load_in_8bit = True", "package bitsandbytes", "pip install -e '.[gpu]'"],
+        ),
+    ],
+    ids=["tracker", "quantization"],
+)
+def test_a_package_that_is_missing_here_is_named(
+    keys: dict[str, object], words: list[str], place: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, **keys}))
+    answer = run("recipe.yaml", "--dry-run")
+    assert answer.code == 2
+    for word in words:
+        assert word in answer.err
+
+
 def test_all_faults_are_listed_at_once(place: Path, run) -> None:
     (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, "max_stepz": 1, "learning_rate": "fast"}))
     answer = run("recipe.yaml", "--dry-run")

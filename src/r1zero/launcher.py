@@ -47,6 +47,8 @@ def main(project: Path) -> int:
         _refuse_overwriting(recipe, path)
         facts = _model_facts(recipe, download=not arguments.dry_run)
         planned = plan.make(recipe, here, path, project, facts)
+        if not arguments.hardware:
+            _check_packages(planned)
         counts = _check_data(recipe, download=not arguments.dry_run)
     except (RecipeError, DatasetError, hardware.HardwareError, model_facts.ModelNotFound) as error:
         errors.print(f"error: {error}")
@@ -186,6 +188,25 @@ def _model_facts(recipe: Recipe, download: bool) -> "ModelFacts | None":
     except model_facts.ModelNotFound as error:
         remedy = "mend the id, log in with `hf auth login`, or give a local folder"
         raise recipe.fault("model_name_or_path", f"cannot be had: {error}", remedy) from error
+
+
+def _check_packages(planned: "Plan") -> None:
+    """Name what must be installed on this machine and is not, before a server and a model have been loaded in vain."""
+    from importlib.util import find_spec
+
+    from r1zero.reporting import trackers
+
+    recipe, gpu_extra = planned.recipe, "pip install -e '.[gpu]'"
+    needed = {name: ("report_to", f"pip install {name}") for name in trackers.chosen(recipe.library.get("report_to"))}
+    if recipe.uses_vllm:  # TRL's client of a server imports it too
+        needed["vllm"] = ("use_vllm", f"{gpu_extra}, or --use_vllm false")
+    if planned.accelerate_config.stem.startswith("zero"):
+        needed["deepspeed"] = ("accelerate_config", f"{gpu_extra}, or another accelerate_config")
+    if recipe["load_in_4bit"] or recipe["load_in_8bit"]:
+        needed["bitsandbytes"] = ("load_in_4bit" if recipe["load_in_4bit"] else "load_in_8bit", gpu_extra)
+    for package, (key, remedy) in needed.items():
+        if find_spec(package) is None:
+            raise recipe.fault(key, f"needs the package {package}, which is not installed here", remedy)
 
 
 def _check_data(recipe: Recipe, download: bool) -> str:
