@@ -185,7 +185,7 @@ def test_refused_overrides(words: list[str], message: str) -> None:
 
 
 def test_a_recipe_that_does_not_exist_lists_those_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(recipe.RecipeError, match="recipes that exist: .*arithmetic_grpo.yaml"):
+    with pytest.raises(recipe.RecipeError, match=r"recipes that exist: .*arithmetic_grpo\.yaml"):
         recipe.load("zzz")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(recipe.RecipeError, match="recipes that exist: none here"):

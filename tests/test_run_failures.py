@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,9 +51,9 @@ eval_count: 40
 report_to: none
 save_strategy: "no"
 """
-SIGINT, SIGTERM = signal.SIGINT, signal.SIGTERM
+SIGINT, SIGTERM, SIGHUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-CODES = {SIGINT: 130, SIGTERM: 143}
+CODES = {SIGINT: 130, SIGTERM: 143, SIGHUP: 129}
 
 
 class Launch:
@@ -257,7 +258,7 @@ def start_with_server(tmp_path: Path, launches: list[Launch]) -> Start:
         (tmp_path / "model" / "config.json").write_text("{}")
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tmp_path / "model", use_vllm="true"))
         (tmp_path / "project" / "launch").mkdir(parents=True)
-        (tmp_path / "project" / "launch" / "grpo.py").symlink_to(STAND_INS / "trainer.py")
+        shutil.copy(STAND_INS / "trainer.py", tmp_path / "project" / "launch" / "grpo.py")
         (tmp_path / "project" / "accelerate_configs").symlink_to(PROJECT / "accelerate_configs")
         env = {
             "R1ZERO_STAND_IN_PROJECT": str(tmp_path / "project"),
@@ -302,6 +303,7 @@ def assert_gone_after_kill_9(launch: Launch) -> None:
     print(f"all gone {time.monotonic() - began:.1f} s after kill -9")
     launch.ports_are_free()
     assert launch.popen.returncode == -signal.SIGKILL
+    assert launch.summary == {"outcome": "failed", "reason": "the launcher was killed"}
 
 
 def preparing(launch: Launch) -> bool:
@@ -392,7 +394,7 @@ def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
 def test_a_server_that_is_never_ready(start_with_server: Start, mode: str, how_far: str) -> None:
     launch = start_with_server("--server_ready_timeout", "3", server=mode)
     launch.until(lambda: "starting the policy server" in launch.output)
-    assert_failed(launch, 3 + STOP_S, "not ready after 3 s", how_far)
+    assert_failed(launch, 3 + STOP_S, "not ready after 3 s", how_far, "logs/server.log")
 
 
 @pytest.mark.parametrize("signum", [SIGINT, SIGTERM])
@@ -402,10 +404,11 @@ def test_a_signal_while_the_server_starts(start_with_server: Start, signum: sign
     assert_interrupted(launch, signum)
 
 
-def test_a_signal_while_server_and_trainer_run(start_with_server: Start) -> None:
+@pytest.mark.parametrize("signum", [SIGTERM, SIGHUP])
+def test_a_signal_while_server_and_trainer_run(start_with_server: Start, signum: signal.Signals) -> None:
     launch = start_with_server()
     launch.until(lambda: launch.steps >= 2)
-    assert_interrupted(launch, SIGTERM)
+    assert_interrupted(launch, signum)
 
 
 def test_ctrl_c_on_a_terminal(start_with_server: Start) -> None:
@@ -436,7 +439,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_server_that_hangs(start_with_server
 def test_kill_9_of_the_server(start_with_server: Start, trainer: str) -> None:
     launch = start_with_server(trainer=trainer)
     launch.until(lambda: launch.steps >= 2)
-    launch.find("vllm_serve.py").kill()
+    launch.find("stand_ins/vllm.py").kill()
     assert_failed(launch, GONE_S, "server: killed by SIGKILL", "logs/server.log", "stand-in server: ")
     assert launch.summary["reason"].startswith("server: ")
 
@@ -452,6 +455,8 @@ def test_a_trainer_that_fails(start_with_server: Start) -> None:
     launch = start_with_server(trainer="fails")
     launch.until(lambda: launch.steps >= 2)
     assert_failed(launch, STOP_S, "trainer: exited with code 1", "ValueError: the stand-in's loss is nan")
+    assert launch.output.splitlines()[-1].strip().startswith("accelerate: the script returned non-zero")
+    assert "CalledProcessError" not in launch.output
 
 
 @pytest.mark.parametrize("server", ["ok", "ignores-sigterm"])

@@ -101,7 +101,15 @@ def _nvidia_smi() -> tuple[tuple[str, str, Gpu], ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in found.splitlines() if line.count(",") == 3]
-    return tuple((index, uuid, Gpu(name, round(float(mib) / 1024, 1))) for index, uuid, name, mib in rows)
+    return tuple((index, uuid, Gpu(name, _gib(mib))) for index, uuid, name, mib in rows)
+
+
+def _gib(mib: str) -> float:
+    """MiB as nvidia-smi prints them; 0 for its [N/A], of GPUs that share the host's memory."""
+    try:
+        return round(float(mib) / 1024, 1)
+    except ValueError:
+        return 0.0
 
 
 def _visible(gpus: tuple[tuple[str, str, Gpu], ...], visible: str | None) -> tuple[Gpu, ...]:

@@ -1,7 +1,10 @@
 """The one command, top to bottom: recipe, plan, run folder, processes, end. ``launch/run.py`` only calls `main`."""
 
 import argparse
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 
     from r1zero.model_facts import ModelFacts
     from r1zero.plan import Plan
+    from r1zero.reporting.display import Display
     from r1zero.run_folder import RunFolder
+    from r1zero.supervisor import Supervisor
 
 MODEL_TIMEOUT_S = 900.0
 
@@ -27,7 +32,7 @@ def main(project: Path) -> int:
 
     Returns:
         The exit code: 0 when the run finished, 1 when a process failed, 2 when the recipe cannot run (then nothing was
-        started or written), 130 and 143 after Ctrl-C and SIGTERM.
+        started or written), 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
     """
     arguments, overrides = _parser().parse_known_args()
     # Imported after parsing, so that --help is instant. None of these imports torch.
@@ -63,56 +68,95 @@ def main(project: Path) -> int:
     if arguments.hardware:
         errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
         return 2
-    folder = run_folder.RunFolder(path).create()
-    if folder.path != path:
-        planned = plan.make(recipe, here, folder.path, project, facts)
-    run_folder.write_yaml(folder.recipe, recipe.resolved())
-    run_folder.write_text(folder.plan, planned.render())
-    gpus = tuple(gpu.name for gpu in here.nodes[0].gpus)
-    run_folder.write_json(folder.versions, run_folder.versions(project, gpus))
-    console.print(planned.render(), markup=False, soft_wrap=True)
-    return _carry_out(planned, folder, console, errors)
+    with _signals_held():
+        try:
+            folder = run_folder.RunFolder(path).create()
+        except OSError as error:
+            errors.print(f"error: {path} cannot be made: {error.strerror}; name another place with --runs_dir FOLDER")
+            return 2
+        if folder.path != path:
+            planned = plan.make(recipe, here, folder.path, project, facts)
+        return _carry_out(planned, folder, project, console, errors)
 
 
-def _carry_out(planned: "Plan", folder: "RunFolder", console: "Console", errors: "Console") -> int:
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait until the supervisor has its handlers, so that no run folder stays without its ending."""
+    from r1zero.supervisor import SIGNALS
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _carry_out(planned: "Plan", folder: "RunFolder", project: Path, console: "Console", errors: "Console") -> int:
     """Start what the plan says, watch it to its end, stop everything; say how it ended."""
-    from r1zero.policy_server import ServerNotReady, wait_until_ready
-    from r1zero.reporting.display import Display, ending
-    from r1zero.reporting.progress import duration
-    from r1zero.run_folder import read_json, write_json
-    from r1zero.supervisor import Interrupted, ProcessFailed, Supervisor
+    from r1zero import run_folder
+    from r1zero.reporting.display import Display
+    from r1zero.supervisor import SIGNALS, Interrupted, ProcessFailed, Supervisor
 
     began = time.monotonic()
     try:
-        with Supervisor(folder.path) as supervisor, Display(console, folder) as display:
-            for process in planned.preparations:
-                display.now(f"{process.name}: {folder.path / process.log}")
-                supervisor.run(process, MODEL_TIMEOUT_S, on_tick=display.tick)
-            if planned.server:
-                display.say(f"starting the policy server, log {folder.path / planned.server.log}")
-                supervisor.start(planned.server)
-                assert planned.server_url is not None  # noqa: S101 - a plan with a server has its address
-                waited = wait_until_ready(
-                    planned.server_url,
-                    deadline_s=planned.recipe.own.server_ready_timeout,
-                    check=supervisor.check,
-                    on_tick=lambda seconds: display.now(f"policy server is starting, {duration(seconds)}"),
-                )
-                display.say(f"policy server ready after {duration(waited)}")
-            display.say(f"starting the trainer, log {folder.path / planned.trainer.log}")
-            supervisor.start(planned.trainer)
-            supervisor.wait(planned.trainer.name, on_tick=display.tick)
-            display.finish()
-    except (ProcessFailed, ServerNotReady) as error:
+        with Supervisor(folder.path) as supervisor:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            run_folder.write_yaml(folder.recipe, planned.recipe.resolved())
+            run_folder.write_text(folder.plan, planned.render())
+            gpus = tuple(gpu.name for gpu in planned.hardware.nodes[0].gpus)
+            run_folder.write_json(folder.versions, run_folder.versions(project, gpus))
+            console.print(planned.render(), markup=False, soft_wrap=True)
+            with Display(console, folder) as display:
+                _run_processes(planned, supervisor, display)
+    except ProcessFailed as error:
         return _ended_badly(folder, "failed", str(error), 1, errors)
     except Interrupted as error:
         return _ended_badly(folder, "interrupted", str(error), 128 + error.signum, errors)
-    summary = read_json(folder.summary) or {}
-    summary["seconds_in_all"] = round(time.monotonic() - began, 1)
+    except BaseException as error:  # a full disk, or a bug of ours: the folder still says how the run ended
+        _ended_badly(folder, "failed", f"the launcher: {type(error).__name__}: {error}", 1, errors)
+        raise
+    _ended_well(folder, time.monotonic() - began, console)
+    return 0
+
+
+def _run_processes(planned: "Plan", supervisor: "Supervisor", display: "Display") -> None:
+    """Preparations to their end, then the policy server until it is ready, then the trainer to its end."""
+    from r1zero.policy_server import ServerNotReady, wait_until_ready
+    from r1zero.reporting.progress import duration
+
+    folder = planned.run_folder
+    for process in planned.preparations:
+        display.now(f"{process.name}: {folder / process.log}")
+        supervisor.run(process, MODEL_TIMEOUT_S, on_tick=display.tick)
+    if planned.server and planned.server_url:
+        display.say(f"starting the policy server, log {folder / planned.server.log}")
+        supervisor.start(planned.server)
+        try:
+            waited = wait_until_ready(
+                planned.server_url,
+                deadline_s=planned.recipe.own.server_ready_timeout,
+                check=supervisor.check,
+                on_tick=lambda seconds: display.now(f"policy server is starting, {duration(seconds)}"),
+            )
+        except ServerNotReady as error:
+            raise supervisor.failed(planned.server.name, str(error)) from error
+        display.say(f"policy server ready after {duration(waited)}")
+    display.say(f"starting the trainer, log {folder / planned.trainer.log}")
+    supervisor.start(planned.trainer)
+    supervisor.wait(planned.trainer.name, on_tick=display.tick)
+    display.finish()
+
+
+def _ended_well(folder: "RunFolder", seconds: float, console: "Console") -> None:
+    from r1zero.reporting.display import ending
+    from r1zero.reporting.progress import duration
+    from r1zero.run_folder import read_json, write_json
+
+    summary = {**(read_json(folder.summary) or {}), "seconds_in_all": round(seconds, 1)}
     write_json(folder.summary, summary)
     console.print()
     console.print(ending(summary, folder))
-    console.print(f"finished after {duration(summary['seconds_in_all'])}; look next at")
+    console.print(f"finished after {duration(seconds)}; look next at")
     for what, where in (
         ("the final model", folder.model),
         ("every completion", folder.path / "rollouts"),
@@ -121,7 +165,6 @@ def _carry_out(planned: "Plan", folder: "RunFolder", console: "Console", errors:
     ):
         if where.exists():
             console.print(f"  {what:<22}{where}", markup=False, soft_wrap=True)
-    return 0
 
 
 def _ended_badly(folder: "RunFolder", outcome: str, reason: str, code: int, errors: "Console") -> int:

@@ -55,7 +55,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: ``kind`` is "step" or "evaluation"."""
+        """One JSON object a line, in the order of time: ``kind`` is "phase", "step" or "evaluation"."""
         return self.path / "metrics.jsonl"
 
     @property

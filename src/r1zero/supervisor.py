@@ -29,6 +29,7 @@ RUN_ID = "R1ZERO_RUN_ID"
 POLL_S = 0.1
 LAST_LINES = 30
 SETTLE_S = 1.0  # how long after a first death another one still counts as part of the same failure
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 UNKILLABLE_S = 10.0  # a process that outlives SIGKILL by this is stuck in the kernel, and waiting on is no use
 WARDEN_GRACE_S = 4.0
 WARDEN_LOOK_S = 2.0
@@ -56,11 +57,11 @@ class ProcessFailed(Exception):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived.
+    """SIGINT, SIGTERM or SIGHUP (a lost ssh) arrived.
 
     Attributes:
         signum: the signal's number, so that the exit code can be 128 + signum.
-        name: "SIGINT" or "SIGTERM".
+        name: "SIGINT", "SIGTERM" or "SIGHUP".
     """
 
     def __init__(self, signum: int) -> None:
@@ -181,7 +182,7 @@ class _Started:
 class Supervisor:
     """Starts processes and, on the way out of the ``with`` block, ends all that they left.
 
-    While entered, SIGINT and SIGTERM raise `Interrupted` in the main thread; another one during the stop that follows
+    While entered, the `SIGNALS` raise `Interrupted` in the main thread; another one during the stop that follows
     kills at once.
 
         with Supervisor(run_folder) as supervisor:
@@ -206,9 +207,9 @@ class Supervisor:
     def __enter__(self) -> "Supervisor":
         self._warden_log = self._run_folder / "logs" / "warden.log"
         self._warden_log.parent.mkdir(parents=True, exist_ok=True)
-        self._warden, self._warden_pipe = _start_warden(self._run_id, self._warden_log)
+        self._warden, self._warden_pipe = _start_warden(self._run_id, self._warden_log, self._run_folder)
         self._all = _Tree(self._run_id, frozenset({os.getpid(), self._warden.pid}))
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in SIGNALS:
             self._handlers[each] = signal.signal(each, self._on_signal)
         return self
 
@@ -260,6 +261,10 @@ class Supervisor:
             self._started[process.name] = _Started(process, popen, tree, log, log_start, stay)
             with suppress(BrokenPipeError):  # someone killed the warden: the launcher itself still cleans up
                 os.write(self._warden_pipe, f"{popen.pid}\n".encode())
+
+    def failed(self, name: str, reason: str) -> ProcessFailed:
+        """The error that says `reason` of the process called `name`, with its log and the end of it."""
+        return self._started[name].failed(reason)
 
     def run(self, process: "Process", deadline_s: float, on_tick: Callable[[], None] | None = None) -> None:
         """Start `process` and wait until it exits with 0.
@@ -387,14 +392,24 @@ def _last_lines(log: Path, start: int) -> tuple[str, ...]:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(start, end - 64 * 1024))
         lines = file.read().decode(errors="replace").rstrip().split("\n")
-        return tuple(line.rstrip().rpartition("\r")[2] for line in lines if line.strip())[-LAST_LINES:]
+        return tuple(_own([line.rstrip().rpartition("\r")[2] for line in lines if line.strip()])[-LAST_LINES:])
     return ()
 
 
-def _start_warden(run_id: str, log: Path) -> "tuple[subprocess.Popen[bytes], int]":
+def _own(lines: list[str]) -> list[str]:
+    """`lines` without the traceback that accelerate adds to its script's own: it only says how the script ended."""
+    top = max((at for at, line in enumerate(lines) if line.startswith("Traceback ")), default=0)
+    if not lines or "accelerate/commands/launch.py" not in "".join(lines[top : top + 4]):
+        return lines
+    if not lines[-1].startswith("subprocess.CalledProcessError: "):
+        return lines  # torch elastic's table, of several processes
+    return [*lines[:top], "accelerate: the script " + lines[-1].rpartition("']' ")[2]]
+
+
+def _start_warden(run_id: str, log: Path, run_folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
     """The warden, and the end of the pipe that keeps it waiting. Python lets no child inherit that end."""
     read, write = os.pipe()
-    command = [sys.executable, "-P", __file__, run_id, str(os.getpid())]
+    command = [sys.executable, "-P", __file__, run_id, str(os.getpid()), str(run_folder.absolute() / "summary.json")]
     try:
         with log.open("ab") as errors:
             warden = subprocess.Popen(
@@ -405,9 +420,9 @@ def _start_warden(run_id: str, log: Path) -> "tuple[subprocess.Popen[bytes], int
     return warden, write
 
 
-def _warden(run_id: str, launcher: int) -> None:
-    """Remember what the launcher starts; when the launcher is gone, end all of it."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def _warden(run_id: str, launcher: int, summary: Path) -> None:
+    """Remember what the launcher starts; when the launcher is gone, end all of it and write how the run ended."""
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     tree = _Tree(run_id, frozenset({os.getpid(), launcher}))
     rest = b""
@@ -424,9 +439,13 @@ def _warden(run_id: str, launcher: int) -> None:
     left_alone = [str(process.pid) for process in tree.living()]
     if left_alone:
         sys.stderr.write(f"ending what the launcher (pid {launcher}) left: {', '.join(left_alone)}\n")
+        if not summary.exists():
+            summary.write_text(
+                '{\n  "outcome": "failed",\n  "reason": "the launcher was killed"\n}\n', encoding="utf-8"
+            )
     if stuck := _end(tree, WARDEN_GRACE_S):
         sys.stderr.write(f"could not end {', '.join(str(process.pid) for process in stuck)}\n")
 
 
 if __name__ == "__main__":
-    _warden(sys.argv[1], int(sys.argv[2]))
+    _warden(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

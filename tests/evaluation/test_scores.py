@@ -63,7 +63,7 @@ def test_a_score_as_a_person_reads_it() -> None:
 @pytest.mark.parametrize("p", [0.03, 0.4, 0.95])
 @pytest.mark.parametrize("alike", [None, 1.0], ids=["equally hard", "easy and hard"])
 def test_the_interval_holds_the_truth_95_times_in_100(alike: float | None, p: float) -> None:
-    """2000 measurements of 200 questions x 4; with `alike`, a question's own difficulty is drawn from a Beta around p."""
+    """2000 measurements of 200 questions x 4; with `alike`, each question's chance is drawn from a Beta around p."""
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(2000):

@@ -96,7 +96,8 @@ def start(folder: Path, timeout_s: float, **environment: str) -> list[str]:
         "import sys; from pathlib import Path; from r1zero.reporting import trackers\n"
         f"trackers.INIT_TIMEOUT_S = {timeout_s}\n"
         "print(trackers.start_wandb(Path(sys.argv[1]), {'max_steps': 3}))\n"
-        "import wandb; run = wandb.run; run.log({'reward': 0.5}); print(run.id, run.project, dict(run.config)); run.finish()\n"
+        "import wandb; run = wandb.run; run.log({'reward': 0.5})\n"
+        "print(run.id, run.project, dict(run.config)); run.finish()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, folder],

@@ -11,8 +11,8 @@ from r1zero.tasks.prompts import TEMPLATES
 GOLDEN = Path(__file__).parent.parent / "golden"
 QUESTION = "What is 12 + 30?"
 
-# R1RL's own words, src/r1rl/datasets/gsm8k.py of github.com/dhh1995/R1RL at 560bdb7: SYSTEM_PROMPT with its tags filled in,
-# and `build_prompt` with is_chat=False, add_reasoning_prefix=True.
+# R1RL's own words, src/r1rl/datasets/gsm8k.py of github.com/dhh1995/R1RL at 560bdb7: SYSTEM_PROMPT, its tags filled
+# in, and `build_prompt` with is_chat=False, add_reasoning_prefix=True.
 R1RL_PUBLISHED = (
     "For the given question, think about the reasoning process in the mind, and respond in the following format:\n"
     "<reasoning>\nreasoning process here\n</reasoning>\n"

@@ -74,7 +74,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for split, first, count in (("train", 10, 40), ("test", 60, 10)):
         numbers = range(first, first + count)
-        problems = [{"question": arithmetic.question(n, 97 - n), "answer": "It is seven.\n#### 7"} for n in numbers[:count]]
+        problems = [
+            {"question": arithmetic.question(n, 97 - n), "answer": "It is seven.\n#### 7"} for n in numbers[:count]
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return folder
 

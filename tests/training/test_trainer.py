@@ -1,4 +1,4 @@
-"""The trainer process through its door, called in this process: what it refuses, what it counts, what it leaves alone."""
+"""The trainer process through its door, called in this process: what it refuses, counts, and leaves alone."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def test_never_measured_where_the_recipe_says_so_and_one_generation_may_feed_two
 
 
 def test_a_lora_adapter_is_what_is_saved(train, model: Path, data: Path, tmp_path: Path) -> None:
-    words = ["--use_peft", "--lora_r", 2, "--lora_target_modules", "q_proj", "--max_steps", 1, "--eval_count", 2]
+    words = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", 1, "--eval_count", 2]
     code, folder, _, _ = train(write_recipe(tmp_path / "r.yaml", model, data), *words, "--eval_temperature", 0)
     assert code == 0
     assert (folder.model / "adapter_model.safetensors").is_file() and not (folder.model / "model.safetensors").exists()
@@ -122,6 +122,23 @@ def test_the_cold_start(train, model: Path, data: Path, tmp_path: Path) -> None:
     assert code == 0 and "40 worked solutions to learn from" in out
     assert re.search(r"step 2/2  loss \d\.\d{4}  train ", out)
     assert (folder.model / "model.safetensors").is_file()
+
+
+def test_wandb_has_the_steps_of_the_run_in_one_run_of_the_folders_name(
+    train, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    try:
+        words = ["--report_to", "wandb", "--max_steps", 1, "--eval_count", 0]
+        code, folder, out, _ = train(write_recipe(tmp_path / "r.yaml", model, data), *words)
+    finally:
+        wandb.teardown()
+    assert code == 0 and "Weights & Biases: offline, " in out
+    (file,) = (folder.path / "wandb").rglob("*.wandb")
+    assert file.name == "run-run.wandb"
+    assert b"train/reward" in file.read_bytes()
 
 
 # --- measuring
@@ -195,8 +212,8 @@ def test_the_rows_of_the_cold_start_answer_in_the_form_that_is_graded(recipe) ->
         text = row["completion"][0]["content"] if chat else row["completion"]
         assert grade(text, "42").verdict is Verdict.CORRECT
         assert row["prompt"] == TEMPLATES[template]("12 + 30?")
-        whole = text if chat else row["prompt"].removeprefix(TEMPLATES["r1rl"]("")[:100]) + text
-        assert whole.count("<reasoning>") - whole.count("</reasoning>") == (1 - 1)
+        opened = "" if chat else row["prompt"].rpartition("Question: ")[2]  # the instruction shows the tags as well
+        assert [(opened + text).count(tag) for tag in ("<reasoning>", "</reasoning>")] == [1, 1]
         assert text.endswith("It is 42.\n</reasoning>\n<answer>\n42\n</answer>")
 
 
@@ -289,5 +306,3 @@ def test_only_the_main_process_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     recorder.evaluation({"step": 1}, [])
     recorder.flush_rollouts(1)
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
-
-

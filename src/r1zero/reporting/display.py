@@ -19,7 +19,6 @@ class Display:
         self.console = console
         self.folder = folder
         self._seen = 0
-        self._phase = ""
         self._line = ""
         self._next_read = 0.0
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -56,7 +55,9 @@ class Display:
     def _read(self) -> None:
         lines = list(self.folder.read_metrics())
         for metrics in lines[self._seen :]:
-            if metrics["kind"] == "evaluation":
+            if metrics["kind"] == "phase":
+                self.say(metrics["phase"])
+            elif metrics["kind"] == "evaluation":
                 self.say(progress.evaluation_line(metrics))
             elif self._live:
                 self._line = progress.step_line(metrics)
@@ -64,12 +65,8 @@ class Display:
                 self.say(progress.step_line(metrics))
         self._seen = len(lines)
         status = read_json(self.folder.status)
-        if status is None:
-            return
-        if status["phase"] != self._phase:
-            self._phase = status["phase"]
-            self.say(self._phase)
-        self.now(self._line if self._phase == "training" and self._line else progress.phase_line(status))
+        if status is not None:
+            self.now(self._line if status["phase"] == "training" and self._line else progress.phase_line(status))
 
 
 def ending(summary: dict[str, Any], folder: RunFolder) -> Table:

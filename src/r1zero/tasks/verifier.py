@@ -28,7 +28,10 @@ class Graded:
 
 
 def grade(completion: str, gold: str, remove_commas: bool = True) -> Graded:
-    """R1RL's rule: the answer is right when its text equals the gold's (src/r1rl/datasets/gsm8k.py)."""
+    """R1RL's rule: the answer is right when its text equals the gold's (src/r1rl/datasets/gsm8k.py).
+
+    R1RL removes thousands commas from the gold only; here they go from both, so that 1,042 is 1042.
+    """
     answer = tagged_answer(completion, remove_commas)
     if answer is None:
         return Graded(None, Verdict.UNPARSED)

@@ -18,7 +18,7 @@ from r1zero.recipe import OwnKeys
 from r1zero.tasks.problem import Problem
 from r1zero.tasks.prompts import TEMPLATES
 from r1zero.tasks.verifier import Verdict, grade
-from r1zero.training.recorder import prompt_text
+from r1zero.training.recorder import clipped, prompt_text
 from r1zero.training.trainer import PolicyTrainer
 
 SEED = 20261121  # of every measurement, so that two of them draw alike
@@ -62,7 +62,7 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
                     "verdict": graded.verdict.value,
                     "reward": float(graded.verdict is Verdict.CORRECT),
                     "length": len(ids),
-                    "clipped": not ids or ids[-1] not in trainer.eos_token_ids,
+                    "clipped": clipped(ids, trainer.eos_token_ids),
                     "policy_version": trainer.policy_version,
                     "source": problems[index].source,
                 }

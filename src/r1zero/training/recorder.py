@@ -36,6 +36,11 @@ def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(list(prompt), ensure_ascii=False)
 
 
+def clipped(completion_ids: Sequence[int], eos_token_ids: Sequence[int]) -> bool:
+    """Whether a completion was cut off before it ended by itself."""
+    return not completion_ids or completion_ids[-1] not in eos_token_ids
+
+
 def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rollouts whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +67,12 @@ class Recorder:
             print(line, flush=True)  # noqa: T201 - stdout is this process's log
 
     def phase(self, name: str, done: int = 0, total: int = 0, seconds_left: float | None = None) -> None:
-        """Replace status.json: what goes on, how far it is."""
+        """Replace status.json: what goes on, how far it is. The beginning of a phase is a line of metrics.jsonl too."""
         if not self.active:
             return
         if done == 0:
             self._phase_began = time.monotonic()
+            append_json_line(self.folder.metrics, {"kind": "phase", "time": time.time(), "phase": name})
         elapsed = time.monotonic() - self._phase_began
         if seconds_left is None and done:
             seconds_left = elapsed / done * (total - done)

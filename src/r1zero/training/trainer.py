@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from r1zero.training.recorder import Recorder, prompt_text
+from r1zero.training.recorder import Recorder, clipped, prompt_text
 
 
 class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -67,7 +67,6 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         own = (rewards[first : first + len(prompts)] * weights).nansum(dim=1).tolist()
         # What the reward functions wrote beside each completion through TRL's log_extra, before TRL clears it.
         extra = self._pending_extra_logs
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         rows = [
             {
                 "step": self.state.global_step + 1,
@@ -78,7 +77,7 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
                 "verdict": extra["verdict"][i],
                 "reward": own[i],
                 "length": len(completion_ids[i]),
-                "clipped": completion_ids[i][-1] not in ends,
+                "clipped": clipped(completion_ids[i], self.eos_token_ids),
                 "policy_version": self.policy_version,
                 "source": inputs[i]["source"],
             }
