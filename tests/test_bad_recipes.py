@@ -277,6 +277,14 @@ def test_a_package_that_is_missing_here_is_named(
         assert word in answer.err
 
 
+def test_a_place_that_cannot_be_written_is_named_before_anything_starts(place: Path, run) -> None:
+    (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, "runs_dir": "recipe.yaml/runs"}))
+    answer = run("recipe.yaml")
+    assert answer.code == 2
+    assert "recipe.yaml/runs" in answer.err
+    assert "--runs_dir FOLDER" in answer.err
+
+
 def test_all_faults_are_listed_at_once(place: Path, run) -> None:
     (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, "max_stepz": 1, "learning_rate": "fast"}))
     answer = run("recipe.yaml", "--dry-run")

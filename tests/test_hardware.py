@@ -155,3 +155,8 @@ def test_the_gpus_of_a_real_machine_are_read_without_a_shell(machine: Path) -> N
     script(machine, "nvidia-smi", f'echo "0, GPU-1, Odd, name, 23028"; echo "{SMI}"\n')
     assert detect().nodes[0].gpus == (A10, H200)
     assert os.environ["PATH"] == str(machine)
+
+
+def test_a_gpu_that_shares_the_hosts_memory_has_none_of_its_own(machine: Path) -> None:
+    script(machine, "nvidia-smi", 'echo "0, GPU-1, NVIDIA GB10, [N/A]"\n')
+    assert detect().nodes[0].gpus == (Gpu("NVIDIA GB10", 0.0),)

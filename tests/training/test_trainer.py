@@ -100,7 +100,7 @@ def test_never_measured_where_the_recipe_says_so_and_one_generation_may_feed_two
     assert code == 0 and "0 to measure on" in out
     assert [path.name for path in (folder.path / "rollouts").iterdir()] == ["train-000001.parquet"]
     assert len(rows(folder.rollouts(1))) == 32
-    assert {line["kind"] for line in folder.read_metrics()} == {"step"}
+    assert {line["kind"] for line in folder.read_metrics()} == {"phase", "step"}
     assert read_json(folder.summary)["held_out"] == {}
 
 
