@@ -163,6 +163,27 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x0",
         ["output_dir = './model'", "never writes over another"],
     ),
+    "a key that nothing reads": (
+        {"resume_from_checkpoint": "runs/x"},
+        "1x0",
+        ["resume_from_checkpoint = 'runs/x'", "no effect here", "not built yet"],
+    ),
+    "a split that is not asked": (
+        {"dataset_train_split": "test"},
+        "1x0",
+        ["dataset_train_split = 'test'", "no effect"],
+    ),
+    "no step": ({"max_steps": 0}, "1x0", ["max_steps = 0", "-1 trains for num_train_epochs"]),
+    "negative seed": ({"seed": -1}, "1x0", ["seed = -1", "cannot be negative"]),
+    "weights of rewards that are not": ({"reward_weights": [1.0, 0.5]}, "1x0", ["reward_weights", "one reward"]),
+    "data that is a file": (
+        {"task": "gsm8k", "dataset_name": "nogold/train.jsonl"},
+        "1x0",
+        ["dataset_name = 'nogold/train.jsonl'", "is a file", "give its folder, nogold"],
+    ),
+    "a run folder for its model": ({"model_name_or_path": "oldrun"}, "1x0", ["'oldrun'", "did you mean oldrun/model?"]),
+    "what others call it": ({"lr": 1e-5}, "1x0", ["lr = 1e-05", "did you mean learning_rate?"]),
+    "misspelt choice": ({"lr_scheduler_type": "cosin"}, "1x0", ["lr_scheduler_type = 'cosin'", "did you mean cosine?"]),
     "timeout of nothing": ({"server_ready_timeout": 0}, "1x0", ["server_ready_timeout = 0", "must be positive"]),
 }
 
@@ -172,6 +193,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a model of 512 positions and two broken datasets."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 512}')
+    (tmp_path / "oldrun" / "model").mkdir(parents=True)
+    (tmp_path / "oldrun" / "model" / "config.json").write_text("{}")
     for name, row in (("nogold", '{"question": "1+1?", "answer": "2"}'), ("badshape", '{"problem": "1+1?"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(row + "\n")
@@ -228,6 +251,13 @@ def test_a_file_that_is_no_recipe(text: str, words: list[str], place: Path, run)
     assert not (place / "hacked").exists()
 
 
+def test_a_folder_names_the_recipes_in_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    answer = run("recipes/tiny", "--dry-run")
+    assert answer.code == 2
+    assert "give one of recipes/tiny/arithmetic_grpo.yaml" in answer.err
+
+
 def test_a_recipe_that_is_not_there_names_the_nearest(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
     answer = run("recipes/tiny/aritmetic_grpo.yaml", "--dry-run")
@@ -243,9 +273,11 @@ def test_a_recipe_that_is_not_there_names_the_nearest(run, monkeypatch: pytest.M
         (["--max_steps", "1", "2"], ["max_steps = '1 2'", "takes one value"]),
         (["--max_steps", "many"], ["max_steps = 'many'", "expects"]),
         (["stray"], ["stray", "neither the recipe nor a --key"]),
+        (["max_steps=3"], ["max_steps=3", "did you mean --max_steps 3?"]),
+        (["--dry_run"], ["dry_run", "did you mean --dry-run"]),
         (["--hardware", "two"], ["--hardware two", "NODESxGPUS"]),
     ],
-    ids=["misspelt", "no value", "two values", "wrong type", "stray word", "hardware"],
+    ids=["misspelt", "no value", "two values", "wrong type", "stray word", "no hyphens", "underscore", "hardware"],
 )
 def test_bad_overrides(overrides: list[str], words: list[str], place: Path, run) -> None:
     (place / "recipe.yaml").write_text(yaml.safe_dump(GOOD))

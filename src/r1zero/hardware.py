@@ -77,7 +77,7 @@ def assumed(text: str, ports: tuple[int, ...] | None = None) -> Hardware:
     if match is None:
         raise HardwareError(f"--hardware {text}: write NODESxGPUS or NODESxGPUS:GIB, for example 1x2 or 4x8:80")
     nodes, gpus, memory = int(match[1]), int(match[2]), float(match[3] or 80)
-    name = f"GPU, {memory:g} GiB (assumed)"
+    name = "assumed GPU"
     node_gpus = tuple(Gpu(name, memory) for _ in range(gpus))
     return Hardware(
         nodes=tuple(Node(f"node{i}", node_gpus) for i in range(nodes)), ports=ports if ports else free_ports(3)

@@ -63,7 +63,7 @@ def main(project: Path) -> int:
         return 130
     if arguments.dry_run:
         console.print(planned.render(), end="", markup=False, soft_wrap=True)
-        console.print(f"Checked: recipe, plan, {counts}. Dry run: nothing was started or written.")
+        console.print(f"Checked: recipe, plan, {counts}. Dry run: nothing was started or written.", soft_wrap=True)
         return 0
     if arguments.hardware:
         errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
@@ -184,12 +184,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_keys_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="launch/run.py RECIPE [--dry-run] [--key value ...]",
+        usage="launch/run.py RECIPE [--dry-run [--hardware NxG[:GIB]]] [--key value ...]",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/tiny/arithmetic_grpo.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, touch nothing")
     parser.add_argument(
-        "--hardware", metavar="NxG[:GIB]", help="with --dry-run: plan for N nodes of G GPUs, for example 1x2:80"
+        "--hardware",
+        metavar="NxG[:GIB]",
+        help="with --dry-run: plan for N nodes of G GPUs, for example 1x2:80 (GIB is shown, not checked)",
     )
     return parser
 
@@ -210,7 +212,7 @@ def _kind(key: LibraryKey) -> str:
 
 
 def _default(key: LibraryKey) -> str:
-    return "empty" if key.default is None else str(key.default)
+    return "null" if key.default is None else str(key.default)
 
 
 def _refuse_overwriting(recipe: Recipe, path: Path) -> None:
@@ -245,6 +247,10 @@ def _check_packages(planned: "Plan") -> None:
         needed["vllm"] = ("use_vllm", f"{gpu_extra}, or --use_vllm false")
     if planned.accelerate_config.stem.startswith("zero"):
         needed["deepspeed"] = ("accelerate_config", f"{gpu_extra}, or another accelerate_config")
+    if recipe["use_liger_kernel"]:
+        needed["liger_kernel"] = ("use_liger_kernel", gpu_extra)
+    if recipe["attn_implementation"] == "flash_attention_2":
+        needed["flash_attn"] = ("attn_implementation", "pip install flash-attn, or attn_implementation: sdpa")
     if recipe["load_in_4bit"] or recipe["load_in_8bit"]:
         needed["bitsandbytes"] = ("load_in_4bit" if recipe["load_in_4bit"] else "load_in_8bit", gpu_extra)
     for package, (key, remedy) in needed.items():
@@ -259,7 +265,7 @@ def _check_data(recipe: Recipe, download: bool) -> str:
     own: OwnKeys = recipe.own
     data = recipe["dataset_name"]
     if own.task != "arithmetic" and not download and not (data and Path(data).expanduser().is_dir()):
-        return "data not looked at (it is on the hub)"
+        return "data not looked at (no local folder of that name, so it is taken for a hub id)"
     splits = ["train"] if own.method == "sft" or own.eval_count == 0 else ["train", "test"]
     found = {split: len(load_problems(own.task, split, data, own.remove_commas)) for split in splits}
     return "data: " + ", ".join(f"{count} {split} problems" for split, count in found.items())

@@ -217,7 +217,7 @@ def _place(recipe: Recipe, hardware: Hardware) -> tuple[tuple[int, ...], tuple[i
         raise recipe.fault(key, wanted, "lower server_gpus or trainer_gpus, or run on a larger machine")
     if recipe.launches_server and trainer < 1:
         why = f"{wanted}: nothing is left for the trainer, and weights cannot go over NCCL within one GPU (trl#3158)"
-        raise recipe.fault("vllm_mode", why, "with one GPU use vllm_mode: colocate")
+        raise recipe.fault("vllm_mode", why, "with one GPU: --vllm_mode colocate, and no server_gpus")
     if recipe.uses_vllm and not recipe.dedicated_server and trainer < 1:
         why = f"vLLM inside the trainer needs a GPU, the trainer has none ({here} here)"
         raise recipe.fault("use_vllm", why, "use_vllm: false generates with transformers, on a CPU too")

@@ -25,6 +25,26 @@ TASKS = ("arithmetic", "gsm8k")
 TEMPLATES = ("r1rl", "r1rl_chat", "none")
 TINY_MODEL = "r1zero/tiny-arithmetic"
 
+# Keys of TRL that would be read by nobody here: a run that ignored them would not be the run that was asked for.
+WITHOUT_EFFECT = {
+    "resume_from_checkpoint": "resuming is not built yet; to go on from a model, --model_name_or_path RUN/model",
+    "dataset_config": "leave it out: the task knows its dataset",
+    "dataset_train_split": "leave it out: training reads the split train, measuring the split test",
+    "dataset_test_split": "leave it out: training reads the split train, measuring the split test",
+    "dataset_streaming": "leave it out: the data is read whole",
+}
+# What people type for it elsewhere, where the spelling alone would not lead there.
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "config": "the recipe itself, first and without a key: launch/run.py RECIPE",
+    "dry_run": "--dry-run, with a hyphen",
+    "dryrun": "--dry-run",
+}
+
 
 def _key(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -134,8 +154,12 @@ class Recipe:
         return self.dedicated_server and self.running_server is None
 
     def resolved(self) -> dict[str, Any]:
-        """Every own key and every given TRL key, flat, as it is written into the run folder and can be run again."""
-        return {**dataclasses.asdict(self.own), **self.library}
+        """Every own key and every given TRL key, flat, as it is written into the run folder and can be run again.
+
+        Without output_dir: running it again must not ask for the folder of the first time.
+        """
+        given = {key: value for key, value in self.library.items() if key != "output_dir"}
+        return {**dataclasses.asdict(self.own), **given}
 
     def fault(self, key: str, why: str, remedy: str) -> "RecipeError":
         """The error that names `key` with its value in effect."""
@@ -190,7 +214,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             values[key] = library_keys.check(legal[key], value)
         except ValueError as error:
-            faults.append(Fault(key, value, str(error), _type_remedy(legal[key])))
+            faults.append(Fault(key, value, str(error), _type_remedy(legal[key], value)))
     for key, words in texts.items():
         if key not in legal:
             faults.append(_unknown(key, " ".join(words), method, legal))
@@ -198,7 +222,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             values[key] = _parse_words(legal[key], words)
         except ValueError as error:
-            faults.append(Fault(key, " ".join(words), str(error), _type_remedy(legal[key])))
+            faults.append(Fault(key, " ".join(words), str(error), _type_remedy(legal[key], " ".join(words))))
     if faults:
         raise RecipeError(str(path), faults)
     own_names = {item.name for item in dataclasses.fields(OwnKeys)}
@@ -242,7 +266,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         hint = f"did you mean {near[0]}?" if near else "recipes that exist: " + (", ".join(names) or "none here")
         raise RecipeError(str(path), [Fault("recipe", None, "no such file", hint)]) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), [Fault("recipe", None, f"cannot be read: {error}", "give a YAML file")]) from None
+        inside = ", ".join(sorted(map(str, path.glob("*.yaml")))) if path.is_dir() else ""
+        remedy = f"give one of {inside}" if inside else "give a YAML file"
+        raise RecipeError(str(path), [Fault("recipe", None, f"cannot be read: {error}", remedy)]) from None
     try:
         content = yaml.load(text, Loader=_NoDuplicates)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -265,7 +291,9 @@ def _split_overrides(words: Iterable[str], source: str) -> dict[str, list[str]]:
             key, equals, value = word[2:].partition("=")
             current = texts[key.replace("-", "_")] = [value] if equals else []
         elif current is None:
-            fault = Fault(word, None, "is neither the recipe nor a --key", "write overrides as --key value")
+            key, _, value = word.partition("=")
+            remedy = f"did you mean --{key} {value}?" if value else "write overrides as --key value"
+            fault = Fault(word, None, "is neither the recipe nor a --key", remedy)
             raise RecipeError(source, [fault])
         else:
             current.append(word)
@@ -284,10 +312,12 @@ def _parse_words(key: LibraryKey, words: list[str]) -> Any:
     return library_keys.parse_text(key, words[0])
 
 
-def _type_remedy(key: LibraryKey) -> str:
+def _type_remedy(key: LibraryKey, value: Any) -> str:
     if key.choices:
-        return "one of: " + ", ".join(str(choice) for choice in key.choices)
-    kinds = " or ".join("empty" if kind == "none" else kind for kind in key.kinds)
+        choices = [str(choice) for choice in key.choices]
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        return f"did you mean {near[0]}?" if near else "one of: " + ", ".join(choices)
+    kinds = " or ".join("null" if kind == "none" else kind for kind in key.kinds)
     return f"give {kinds}: {key.help}" if key.help else f"give {kinds}"
 
 
@@ -297,6 +327,8 @@ def _unknown(key: str, value: Any, method: str, legal: Mapping[str, LibraryKey])
     for other in METHODS:
         if other != method and key in library_keys.load(other):
             return Fault(key, value, f"belongs to method {other}, this recipe's method is {method}", "leave it out")
+    if key in ALIASES:
+        return Fault(key, value, "is not a key", f"did you mean {ALIASES[key]}?")
     near = difflib.get_close_matches(key, legal, n=3, cutoff=0.6)
     if near:
         also = f" (or {', '.join(near[1:])})" if len(near) > 1 else ""
@@ -312,11 +344,18 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
     model = recipe["model_name_or_path"]
     if not model:
         yield Fault("model_name_or_path", model, "is missing", "name a hub model, a local folder, or " + TINY_MODEL)
-    elif _looks_like_a_path(model) and not (Path(model).expanduser() / "config.json").is_file():
-        yield Fault("model_name_or_path", model, "no such model folder (no config.json in it)", "mend the path")
+    elif (_looks_like_a_path(model) or Path(model).is_dir()) and not (
+        Path(model).expanduser() / "config.json"
+    ).is_file():
+        inside = Path(model).expanduser() / "model"
+        remedy = f"did you mean {inside}?" if (inside / "config.json").is_file() else "mend the path"
+        yield Fault("model_name_or_path", model, "no such model folder (no config.json in it)", remedy)
     data = recipe["dataset_name"]
     if data and _looks_like_a_path(data) and not Path(data).expanduser().exists():
         yield Fault("dataset_name", data, "no such file or folder", "mend the path, or give a hub id")
+    elif data and Path(data).expanduser().is_file():
+        remedy = f"give its folder, {Path(data).parent}, with train and test in it"
+        yield Fault("dataset_name", data, "is a file", remedy)
     if own.task == "arithmetic" and data:
         yield Fault("dataset_name", data, "task arithmetic makes its own problems", "leave dataset_name out")
     for key, least in (("max_prompt_tokens", 1), ("eval_count", 0), ("eval_samples", 1), ("server_gpus", 1)):
@@ -329,6 +368,13 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("eval_temperature", own.eval_temperature, "cannot be negative", "0 is greedy, 1 samples as trained")
     if own.server_ready_timeout <= 0:
         yield Fault("server_ready_timeout", own.server_ready_timeout, "must be positive", "600 seconds is the default")
+    for key, remedy in WITHOUT_EFFECT.items():
+        if recipe.library.get(key) not in (None, False, library_keys.load(own.method)[key].default):
+            yield Fault(key, recipe[key], "would have no effect here", remedy)
+    if recipe["max_steps"] == 0 or recipe["max_steps"] < -1:
+        yield Fault("max_steps", recipe["max_steps"], "must be positive", "-1 trains for num_train_epochs")
+    if recipe["seed"] < 0:
+        yield Fault("seed", recipe["seed"], "cannot be negative", "give 0 or more")
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if recipe[key] < 1:
             yield Fault(key, recipe[key], "must be at least 1", "the smallest batch is 1")
@@ -363,6 +409,9 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     if recipe["generation_batch_size"] is not None and recipe["steps_per_generation"] is not None:
         why = "steps_per_generation is given as well, and each fixes the other"
         yield Fault("generation_batch_size", recipe["generation_batch_size"], why, "keep one of the two")
+    if recipe["reward_weights"] is not None and len(recipe["reward_weights"]) != 1:
+        why = "the task has one reward, the exact answer"
+        yield Fault("reward_weights", recipe["reward_weights"], why, "give one weight, or leave it out")
     if recipe.dedicated_server and (recipe["load_in_4bit"] or recipe["load_in_8bit"]):
         why = "TRL's server mode merges the adapter into the base, which quantized weights do not allow (trl#4973)"
         yield Fault("vllm_mode", "server", why, "use vllm_mode: colocate or use_vllm: false")

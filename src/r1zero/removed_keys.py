@@ -6,7 +6,7 @@ to 1.14, transformers 4.40 to 5.0 and open-r1 declared; a test keeps every key t
 """
 
 _WANDB = "wandb reads its own environment variables: set {}"
-_DATASET = "one dataset a recipe: set dataset_name, with dataset_config and dataset_train_split where it has several"
+_DATASET = "one dataset a recipe: set task and dataset_name; the task knows its splits"
 _REWARD = "the task brings its reward (exact answer); there is no other reward to shape, leave the key out"
 _CODE = "code execution is not a task here; leave the key out, or name one of our tasks in task"
 _TPU = "TPUs are not supported; leave the key out"
@@ -78,7 +78,7 @@ REMOVED: dict[str, str] = {
     "split_batches": "write accelerator_config: {split_batches: ...}",
     "tp_size": "the trainer does not split layers; vllm_tensor_parallel_size splits the policy server's",
     # --- open-r1: its configs, and what its recipes carry for accelerate or Slurm
-    "benchmarks": "launch/evaluate.py measures a model on benchmarks after training; leave the key out",
+    "benchmarks": "measuring on benchmarks is not built yet; eval_count and eval_samples measure on the test split",
     "callbacks": "there are no callbacks to name; leave the key out",
     "chat_template": "prompt_template says how a question becomes the prompt; for method sft set chat_template_path",
     "system_prompt": "set prompt_template, which holds the instruction as well as the question's place",
@@ -111,7 +111,7 @@ REMOVED: dict[str, str] = {
     "dataset_mixture": _DATASET,
     "dataset_mixer": _DATASET,
     "dataset_splits": _DATASET,
-    "dataset_configs": "it is called dataset_config now and takes one name",
+    "dataset_configs": _DATASET,
     "dataset_train_config": "it is called dataset_config now",
     "num_train_samples": "set max_steps to train for less than the whole dataset",
     "preprocessing_num_workers": "it is called dataset_num_proc now, with method sft",
