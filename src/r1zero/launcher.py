@@ -155,7 +155,7 @@ def _ended_well(folder: "RunFolder", seconds: float, console: "Console") -> None
     summary = {**(read_json(folder.summary) or {}), "seconds_in_all": round(seconds, 1)}
     write_json(folder.summary, summary)
     console.print()
-    console.print(ending(summary, folder))
+    console.print(ending(summary))
     console.print(f"finished after {duration(seconds)}; look next at")
     for what, where in (
         ("the final model", folder.model),

@@ -19,10 +19,10 @@ import yaml
 from r1zero import library_keys
 from r1zero.library_keys import LibraryKey
 from r1zero.removed_keys import REMOVED
+from r1zero.tasks.prompts import TEMPLATES
 
 METHODS = ("grpo", "sft")
 TASKS = ("arithmetic", "gsm8k")
-TEMPLATES = ("r1rl", "r1rl_chat", "none")
 TINY_MODEL = "r1zero/tiny-arithmetic"
 
 # Keys of TRL that would be read by nobody here: a run that ignored them would not be the run that was asked for.
@@ -56,7 +56,7 @@ class OwnKeys:
 
     method: str = _key("grpo", "what trains: grpo (reinforcement learning) or sft (cold start)", METHODS)
     task: str = _key("gsm8k", "what is asked and how it is graded", TASKS)
-    prompt_template: str = _key("r1rl", "how a question becomes the prompt", TEMPLATES)
+    prompt_template: str = _key("r1rl", "how a question becomes the prompt", tuple(TEMPLATES))
     remove_commas: bool = _key(True, "drop thousands commas from gold and answer before they are compared")
     max_prompt_tokens: int | None = _key(
         None, "leave problems with a longer prompt out of the data, and count them; tokens"

@@ -95,10 +95,17 @@ class RunFolder:
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of `metrics` so far; a last line still being written is left out."""
+        yield from self.read_metrics_after(0)[0]
+
+    def read_metrics_after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of `metrics` from byte `offset` on, and the offset after them, to go on from."""
         if not self.metrics.exists():
-            return
-        for line in self.metrics.read_text(encoding="utf-8").split("\n")[:-1]:
-            yield json.loads(line)
+            return [], offset
+        with self.metrics.open("rb") as file:
+            file.seek(offset)
+            whole, end, _ = file.read().rpartition(b"\n")
+        lines = [json.loads(line) for line in whole.split(b"\n")] if end else []
+        return lines, offset + len(whole) + len(end)
 
 
 def default_path(runs_dir: str, recipe_name: str, output_dir: str | None, now: float | None = None) -> Path:

@@ -32,10 +32,10 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from r1zero.recipe import TINY_MODEL
 from r1zero.tasks import arithmetic
 from r1zero.tasks.prompts import R1RL_SYSTEM, r1rl, r1rl_completion
 
-MODEL_NAME = "r1zero/tiny-arithmetic"
 PAD, EOS = "<pad>", "<eos>"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHARACTERS = "\n" + "".join(chr(code) for code in range(ord(" "), ord("~") + 1))
@@ -228,7 +228,7 @@ def main() -> None:
     from rich.progress import Progress as ProgressBar
 
     console = Console()
-    columns = (TextColumn("making " + MODEL_NAME), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("making " + TINY_MODEL), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBar(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as bar:
         task = bar.add_task("pretraining", total=None, loss=float("nan"), visible=False)
         folder = ensure(

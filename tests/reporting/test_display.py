@@ -142,7 +142,7 @@ def test_on_a_terminal_the_steps_rewrite_one_line_and_the_rest_stays(
 def test_the_closing_table() -> None:
     score = {"mean": 0.3217, "low": 0.28, "high": 0.365, "questions": 200, "samples": 4}
     console = Console(file=io.StringIO(), width=100)
-    console.print(ending({"held_out": {"before": {**score, "mean": 0.1}, "after": score}}, RunFolder(Path("run"))))
+    console.print(ending({"held_out": {"before": {**score, "mean": 0.1}, "after": score}}))
     rows = [" ".join(line.split()) for line in written(console).splitlines()]
     assert rows == [
         "held-out accuracy mean 95 % interval questions x samples",
@@ -154,5 +154,5 @@ def test_the_closing_table() -> None:
 @pytest.mark.parametrize("summary", [{}, {"held_out": {}}])
 def test_without_a_measurement_the_table_is_empty(summary: dict[str, Any]) -> None:
     console = Console(file=io.StringIO(), width=100)
-    console.print(ending(summary, RunFolder(Path("run"))))
+    console.print(ending(summary))
     assert written(console).strip() == ""

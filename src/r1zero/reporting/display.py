@@ -18,7 +18,7 @@ class Display:
     def __init__(self, console: Console, folder: RunFolder) -> None:
         self.console = console
         self.folder = folder
-        self._seen = 0
+        self._offset = 0
         self._line = ""
         self._next_read = 0.0
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -53,8 +53,8 @@ class Display:
         self._read()
 
     def _read(self) -> None:
-        lines = list(self.folder.read_metrics())
-        for metrics in lines[self._seen :]:
+        lines, self._offset = self.folder.read_metrics_after(self._offset)
+        for metrics in lines:
             if metrics["kind"] == "phase":
                 self.say(metrics["phase"])
             elif metrics["kind"] == "evaluation":
@@ -63,14 +63,13 @@ class Display:
                 self._line = progress.step_line(metrics)
             else:
                 self.say(progress.step_line(metrics))
-        self._seen = len(lines)
         status = read_json(self.folder.status)
         if status is not None:
             self.now(self._line if status["phase"] == "training" and self._line else progress.phase_line(status))
 
 
-def ending(summary: dict[str, Any], folder: RunFolder) -> Table:
-    """The closing table: accuracy before and after with 95 % intervals, and where to look next."""
+def ending(summary: dict[str, Any]) -> Table:
+    """The closing table: accuracy before and after, with 95 % intervals."""
     table = Table(box=None, pad_edge=False, header_style="", show_header=bool(summary.get("held_out")))
     for column in ("held-out accuracy", "mean", "95 % interval", "questions x samples"):
         table.add_column(column)
