@@ -1,11 +1,12 @@
 # make demo   the environment, then the main job on the embedded default (CPU, minutes)
 # make test   the tests        make lint   format, lint, types
+# make soak   long repeats of what make test runs a short version of; docs/log.md has the last results
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint env
+.PHONY: demo test soak lint env
 
 env: $(VENV)/.ready
 
@@ -23,6 +24,9 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered
+
+soak: env
+	$(BIN)/python -m pytest -m soak --timeout 3600 --durations 0
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -16,11 +16,24 @@ MODES = ("ok", "slow", "dies", "hang-after-health", "refuses", "ignores-sigterm"
 LAST_WORDS = ("loading the model", "torch.OutOfMemoryError: CUDA out of memory.", "engine core failed to start")
 
 
+class Server(ThreadingHTTPServer):
+    """Takes as many connections at once as a rehearsal opens."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 class Handler(BaseHTTPRequestHandler):
     """The three doors that a client needs."""
 
     mode = "ok"
     ready_at = 0.0
+    completions = (("2", "stop"), ("<answer>2</answer>", "stop"))  # texts and why they ended, over and over
+
+    def log_message(self, *words: Any) -> None:
+        """As vLLM under --disable-uvicorn-access-log: not a line a completion."""
+        if self.command == "GET":
+            super().log_message(*words)
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -38,9 +51,14 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(500, {"error": "engine is dead"})
         elif self.path == "/v1/completions" and request["model"] == "stand-in" and request["max_tokens"] >= 1:
             tokens = 0 if self.mode == "no-token" else 1
-            self._answer(200, {"choices": [{"text": "2"}], "usage": {"completion_tokens": tokens}})
+            choices = [self._choice(number) for number in range(request.get("n", 1))]
+            self._answer(200, {"choices": choices, "usage": {"completion_tokens": tokens}})
         else:
             self._answer(400, {"error": "not what was asked for"})
+
+    def _choice(self, number: int) -> dict[str, Any]:
+        text, finish_reason = self.completions[number % len(self.completions)]
+        return {"text": text, "token_ids": list(range(len(text.split()))), "finish_reason": finish_reason}
 
     def _answer(self, status: int, body: Any = None) -> None:
         content = b"" if body is None else json.dumps(body).encode()
@@ -65,7 +83,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Handler.mode = arguments.mode
     Handler.ready_at = time.monotonic() + (arguments.after if arguments.mode == "slow" else 0)
-    ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
+    Server(("127.0.0.1", arguments.port), Handler).serve_forever()
 
 
 def _die() -> int:

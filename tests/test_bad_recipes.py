@@ -65,7 +65,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "data without a gold": (
         {"task": "gsm8k", "dataset_name": "./nogold"},
         "1x0",
-        ["nogold", "train row 1", "no gold after ####"],
+        ["nogold/train.jsonl, line 1", "no gold after ####"],
     ),
     "data of another shape": (
         {"task": "gsm8k", "dataset_name": "./badshape"},
@@ -75,9 +75,13 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "data folder without a split": (
         {"task": "gsm8k", "dataset_name": "./model"},
         "1x0",
-        ["has no train.jsonl, train.json or train.parquet"],
+        ["model: has no train.jsonl, train.json, train.parquet or train-*.parquet", "it holds config.json"],
     ),
-    "data for a task that makes its own": ({"dataset_name": "openai/gsm8k"}, "1x0", ["makes its own problems"]),
+    "data for a task that makes its own": (
+        {"dataset_name": "openai/gsm8k"},
+        "1x0",
+        ["dataset_name = 'openai/gsm8k'", "task arithmetic makes its own problems"],
+    ),
     "one generation": ({"num_generations": 1}, "1x0", ["num_generations = 1", "at least 2"]),
     "batch not whole groups": (
         {"per_device_train_batch_size": 10, "num_generations": 8},
@@ -168,19 +172,152 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x0",
         ["resume_from_checkpoint = 'runs/x'", "no effect here", "not built yet"],
     ),
-    "a split that is not asked": (
+    "a split of a task that makes its own": (
         {"dataset_train_split": "test"},
         "1x0",
-        ["dataset_train_split = 'test'", "no effect"],
+        ["dataset_train_split = 'test'", "arithmetic has its own split train"],
     ),
     "no step": ({"max_steps": 0}, "1x0", ["max_steps = 0", "-1 trains for num_train_epochs"]),
     "negative seed": ({"seed": -1}, "1x0", ["seed = -1", "cannot be negative"]),
-    "weights of rewards that are not": ({"reward_weights": [1.0, 0.5]}, "1x0", ["reward_weights", "one reward"]),
-    "data that is a file": (
+    "weights of rewards that are not": ({"reward_weights": [1.0, 0.5]}, "1x0", ["reward_weights", "correctness"]),
+    "data that is one file, with nothing to measure on": (
         {"task": "gsm8k", "dataset_name": "nogold/train.jsonl"},
         "1x0",
-        ["dataset_name = 'nogold/train.jsonl'", "is a file", "give its folder, nogold"],
+        ["dataset_name = 'nogold/train.jsonl'", "all of it is trained on", "set eval_dataset_name", "eval_count: 0"],
     ),
+    "columns for a task that knows them": (
+        {"task": "gsm8k", "question_column": "prompt"},
+        "1x0",
+        ["question_column = 'prompt'", "task gsm8k knows its columns", "task math or dataset"],
+    ),
+    "levels of a task without": ({"task": "gsm8k", "levels": [3]}, "1x0", ["levels = [3]", "has no levels"]),
+    "levels of data without": (
+        {"task": "math", "dataset_name": "badshape", "levels": [3], "answer_column": "problem", "eval_count": 0},
+        "1x0",
+        ["badshape/train.jsonl, line 1", "levels = [3] needs a column level", "leave levels out"],
+    ),
+    "no level": ({"task": "math", "levels": []}, "1x0", ["levels = []", "no level is left"]),
+    "levels that are words": ({"task": "math", "levels": ["hard"]}, "1x0", ["levels = ['hard']", "list of int"]),
+    "any dataset without a name": ({"task": "dataset"}, "1x0", ["dataset_name", "task dataset has none of its own"]),
+    "a column that is not there": (
+        {"task": "dataset", "dataset_name": "badshape", "eval_count": 0},
+        "1x0",
+        ["badshape/train.jsonl, line 1", "no question", "there are ['problem']", "question_column"],
+    ),
+    "GSM8K read as any dataset": (
+        {"task": "dataset", "dataset_name": "sums", "eval_count": 0},
+        "1x0",
+        ["sums/train.jsonl, line 1", "GSM8K's form", "task gsm8k reads"],
+    ),
+    "trained on what is measured": (
+        {"task": "gsm8k", "dataset_name": "sums", "dataset_test_split": "train"},
+        "1x0",
+        ["dataset_test_split = 'train'", "is what is trained on: sums, split train", "eval_dataset_name"],
+    ),
+    "trained on what is measured, by another path": (
+        {"task": "gsm8k", "dataset_name": "sums", "eval_dataset_name": "./sums/train.jsonl"},
+        "1x0",
+        ["eval_dataset_name = './sums/train.jsonl'", "is what is trained on"],
+    ),
+    "trained on the hub's test split": (
+        {"task": "gsm8k", "dataset_train_split": "test"},
+        "1x0",
+        ["dataset_test_split = 'test'", "is what is trained on: openai/gsm8k, split test"],
+    ),
+    "measured folder absent": (
+        {"task": "gsm8k", "eval_dataset_name": "./nowhere"},
+        "1x0",
+        ["eval_dataset_name = './nowhere'", "no such file or folder"],
+    ),
+    "no test split to measure on": (
+        {"task": "gsm8k", "dataset_name": "sums"},
+        "1x0",
+        ["sums: has no test.jsonl", "it holds train.jsonl", "dataset_test_split"],
+    ),
+    "data to measure on for a task that makes its own": (
+        {"task": "gsm8k", "eval_task": "arithmetic", "eval_dataset_name": "openai/gsm8k"},
+        "1x0",
+        ["eval_dataset_name = 'openai/gsm8k'", "eval_task is arithmetic"],
+    ),
+    "nothing to measure on": (
+        {"eval_task": "dataset"},
+        "1x0",
+        ["eval_dataset_name: is missing", "eval_count: 0 to measure nothing"],
+    ),
+    "negative n-gram": ({"decontaminate_ngram": -1}, "1x0", ["decontaminate_ngram = -1", "0 leaves nothing out"]),
+    "kept apart by nothing": (
+        {"decontaminate_ngram": 0, "decontaminate_against": ["openai/gsm8k"]},
+        "1x0",
+        ["decontaminate_against = ['openai/gsm8k']", "compares nothing", "set it to 13"],
+    ),
+    "kept apart from nothing": (
+        {"decontaminate_against": ["./nowhere:train"]},
+        "1x0",
+        ["decontaminate_against = './nowhere'", "no such file or folder"],
+    ),
+    "a mixture of nothing": ({"task": "gsm8k", "mixture": []}, "1x0", ["mixture = []", "holds no dataset"]),
+    "a mixture beside a task": (
+        {"task": "math", "mixture": [{"task": "arithmetic"}]},
+        "1x0",
+        ["task = 'math'", "the mixture says what is trained on", "write task into the entries"],
+    ),
+    "a mixture beside a dataset": (
+        {"task": "gsm8k", "dataset_name": "sums", "mixture": [{"task": "arithmetic"}]},
+        "1x0",
+        ["dataset_name = 'sums'", "the mixture says", "write dataset_name into the entries"],
+    ),
+    "a mixture beside a split": (
+        {"task": "gsm8k", "dataset_train_split": "train", "mixture": [{"task": "arithmetic"}]},
+        "1x0",
+        ["dataset_train_split = 'train'", "write split into the entries"],
+    ),
+    "a mixture with a misspelt key": (
+        {"task": "gsm8k", "mixture": [{"task": "arithmetic"}, {"task": "gsm8k", "wieght": 2}]},
+        "1x0",
+        ["mixture, entry 2: wieght = 2", "did you mean weight?"],
+    ),
+    "a mixture with a weight of nothing": (
+        {"task": "gsm8k", "mixture": [{"task": "arithmetic", "weight": 0}]},
+        "1x0",
+        ["mixture, entry 1: weight = 0", "must be positive"],
+    ),
+    "a mixture with a weight that is no number": (
+        {"task": "gsm8k", "mixture": [{"task": "arithmetic", "weight": "much"}]},
+        "1x0",
+        ["mixture, entry 1: weight = 'much'", "expects float"],
+    ),
+    "a mixture without a task": (
+        {"task": "gsm8k", "mixture": [{"dataset_name": "sums"}]},
+        "1x0",
+        ["mixture, entry 1: task", "is missing", "one of: arithmetic, gsm8k, math, dataset"],
+    ),
+    "a mixture with an unknown task": (
+        {"task": "gsm8k", "mixture": [{"task": "maths"}]},
+        "1x0",
+        ["mixture, entry 1: task = 'maths'", "did you mean math?"],
+    ),
+    "a mixture with a folder that is absent": (
+        {"task": "gsm8k", "mixture": [{"task": "gsm8k", "dataset_name": "./nowhere"}]},
+        "1x0",
+        ["mixture, entry 1: dataset_name = './nowhere'", "no such file or folder"],
+    ),
+    "a mixture with a dataset that has no name": (
+        {"task": "gsm8k", "mixture": [{"task": "dataset", "answer_column": "a"}]},
+        "1x0",
+        ["mixture, entry 1: dataset_name", "task dataset has none of its own"],
+    ),
+    "a mixture with a file, with nothing to measure on": (
+        {"task": "gsm8k", "mixture": [{"task": "gsm8k", "dataset_name": "sums/train.jsonl"}]},
+        "1x0",
+        ["mixture = 'sums/train.jsonl'", "all of it is trained on"],
+    ),
+    "a mixture of names": ({"task": "gsm8k", "mixture": ["gsm8k"]}, "1x0", ["mixture = ['gsm8k']", "list of dict"]),
+    "a mixture measured on data of an unknown kind": (
+        {"task": "gsm8k", "mixture": [{"task": "arithmetic"}], "eval_dataset_name": "sums"},
+        "1x0",
+        ["eval_dataset_name = 'sums'", "leaves open how it is read", "set eval_task"],
+    ),
+    "open-r1's mixture": ({"dataset_mixture": {"datasets": []}}, "1x0", ["dataset_mixture", "no longer", "in mixture"]),
     "a run folder for its model": ({"model_name_or_path": "oldrun"}, "1x0", ["'oldrun'", "did you mean oldrun/model?"]),
     "what others call it": ({"lr": 1e-5}, "1x0", ["lr = 1e-05", "did you mean learning_rate?"]),
     "misspelt choice": ({"lr_scheduler_type": "cosin"}, "1x0", ["lr_scheduler_type = 'cosin'", "did you mean cosine?"]),
@@ -190,12 +327,17 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a model of 512 positions and two broken datasets."""
+    """A working folder with a model of 512 positions, two broken datasets, and sums, which can be trained on."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 512}')
     (tmp_path / "oldrun" / "model").mkdir(parents=True)
     (tmp_path / "oldrun" / "model" / "config.json").write_text("{}")
-    for name, row in (("nogold", '{"question": "1+1?", "answer": "2"}'), ("badshape", '{"problem": "1+1?"}')):
+    datasets = {
+        "nogold": '{"question": "1+1?", "answer": "2"}',
+        "badshape": '{"problem": "1+1?"}',
+        "sums": '{"question": "1+1?", "answer": "#### 2"}',
+    }
+    for name, row in datasets.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(row + "\n")
     monkeypatch.chdir(tmp_path)

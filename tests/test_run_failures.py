@@ -250,13 +250,11 @@ def start(tmp_path: Path, model: Path, launches: list[Launch]) -> Start:
 
 
 @pytest.fixture
-def start_with_server(tmp_path: Path, launches: list[Launch]) -> Start:
+def start_with_server(tmp_path: Path, model: Path, launches: list[Launch]) -> Start:
     """The launcher with a stand-in server and a stand-in trainer, on two GPUs that are not there."""
 
     def call(*arguments: str, server: str = "ok", trainer: str = "trains", terminal: bool = False) -> Launch:
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "config.json").write_text("{}")
-        (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tmp_path / "model", use_vllm="true"))
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=model, use_vllm="true"))
         (tmp_path / "project" / "launch").mkdir(parents=True)
         shutil.copy(STAND_INS / "trainer.py", tmp_path / "project" / "launch" / "grpo.py")
         (tmp_path / "project" / "accelerate_configs").symlink_to(PROJECT / "accelerate_configs")

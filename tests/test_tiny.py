@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r1zero import tiny
 from r1zero.tasks import arithmetic
-from r1zero.tasks.prompts import R1RL_SYSTEM, r1rl
+from r1zero.tasks.prompts import R1RL_SYSTEM
 
 SHORT = tiny.Pretraining(hidden_size=32, steps=3, batch_size=4)
 
@@ -47,7 +47,7 @@ def test_any_text_of_its_characters_comes_back_from_the_tokenizer(tokenizer: Any
 
 
 def test_a_prompt_comes_back_and_its_system_text_is_one_token(tokenizer: Any) -> None:
-    prompt = r1rl("What is 47 + 38?")
+    prompt = tiny.PROMPT.build("What is 47 + 38?")
     ids = tokenizer(prompt)["input_ids"]
     assert decode(tokenizer, ids) == prompt
     assert decode(tokenizer, ids[:1]) == R1RL_SYSTEM
@@ -78,7 +78,7 @@ def test_the_base_model_is_right_often_enough_to_learn_and_seldom_enough_to_need
     tokenizer: Any, model: Any, split: str
 ) -> None:
     problems = arithmetic.load(split)[:400]
-    prompts = tokenizer([r1rl(p.question) for p in problems], return_tensors="pt")
+    prompts = tokenizer([tiny.PROMPT.build(p.question) for p in problems], return_tensors="pt")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         ids = model.generate(**prompts, max_new_tokens=40, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 
 from r1zero import recipe as recipes
 from r1zero.library_keys import LibraryKey
-from r1zero.recipe import OwnKeys, Recipe, RecipeError
+from r1zero.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from r1zero.model_facts import ModelFacts
-    from r1zero.plan import Plan
+    from r1zero.plan import Plan, Process
+    from r1zero.preflight.findings import Finding
     from r1zero.reporting.display import Display
     from r1zero.run_folder import RunFolder
     from r1zero.supervisor import Supervisor
+    from r1zero.tasks.selection import Selection
 
-MODEL_TIMEOUT_S = 900.0
+PREPARATION_TIMEOUT_S = 900.0
 
 
 def main(project: Path) -> int:
@@ -47,6 +49,8 @@ def main(project: Path) -> int:
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         recipe = recipes.load(arguments.recipe, overrides)
+        if recipe.own.method == "grpo":
+            recipe.reward_functions()  # what cannot be imported must not be found out after a server has started
         here = hardware.assumed(arguments.hardware) if arguments.hardware else hardware.detect()
         path = run_folder.default_path(recipe.own.runs_dir, recipe.name, recipe["output_dir"])
         _refuse_overwriting(recipe, path)
@@ -54,7 +58,8 @@ def main(project: Path) -> int:
         planned = plan.make(recipe, here, path, project, facts)
         if not arguments.hardware:
             _check_packages(planned)
-        counts = _check_data(recipe, download=not arguments.dry_run)
+        selection = _check_data(recipe, download=not arguments.dry_run)
+        findings = _check_golds(recipe, selection)
     except (RecipeError, DatasetError, hardware.HardwareError, model_facts.ModelNotFound) as error:
         errors.print(f"error: {error}")
         return 2
@@ -63,11 +68,16 @@ def main(project: Path) -> int:
         return 130
     if arguments.dry_run:
         console.print(planned.render(), end="", markup=False, soft_wrap=True)
-        console.print(f"Checked: recipe, plan, {counts}. Dry run: nothing was started or written.", soft_wrap=True)
+        _print_notes(selection, findings, console)
+        data = _counts(selection)
+        console.print(f"Checked: recipe, plan, {data}. Dry run: nothing was started or written.", soft_wrap=True)
         return 0
     if arguments.hardware:
         errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
         return 2
+    _print_notes(selection, findings, console)
+    if arguments.check:
+        return _preflight_only(recipe, console)
     with _signals_held():
         try:
             folder = run_folder.RunFolder(path).create()
@@ -126,8 +136,7 @@ def _run_processes(planned: "Plan", supervisor: "Supervisor", display: "Display"
 
     folder = planned.run_folder
     for process in planned.preparations:
-        display.now(f"{process.name}: {folder / process.log}")
-        supervisor.run(process, MODEL_TIMEOUT_S, on_tick=display.tick)
+        _run_to_its_end(process, planned, supervisor, display)
     if planned.server and planned.server_url:
         display.say(f"starting the policy server, log {folder / planned.server.log}")
         supervisor.start(planned.server)
@@ -141,10 +150,22 @@ def _run_processes(planned: "Plan", supervisor: "Supervisor", display: "Display"
         except ServerNotReady as error:
             raise supervisor.failed(planned.server.name, str(error)) from error
         display.say(f"policy server ready after {duration(waited)}")
+    if planned.rehearsal:
+        _run_to_its_end(planned.rehearsal, planned, supervisor, display)
     display.say(f"starting the trainer, log {folder / planned.trainer.log}")
     supervisor.start(planned.trainer)
     supervisor.wait(planned.trainer.name, on_tick=display.tick)
     display.finish()
+
+
+def _run_to_its_end(process: "Process", planned: "Plan", supervisor: "Supervisor", display: "Display") -> None:
+    """Run a preparation, and say what a check found."""
+    log = planned.run_folder / process.log
+    display.now(f"{process.name}: {log}")
+    supervisor.run(process, PREPARATION_TIMEOUT_S, on_tick=display.tick)
+    if process.name != "model":
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            display.say(line)
 
 
 def _ended_well(folder: "RunFolder", seconds: float, console: "Console") -> None:
@@ -184,10 +205,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_keys_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="launch/run.py RECIPE [--dry-run [--hardware NxG[:GIB]]] [--key value ...]",
+        usage="launch/run.py RECIPE [--check | --dry-run [--hardware NxG[:GIB]]] [--key value ...]",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/tiny/arithmetic_grpo.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, touch nothing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at data, golds, prompts and, with a running policy server, rollouts; then stop",
+    )
     parser.add_argument(
         "--hardware",
         metavar="NxG[:GIB]",
@@ -258,14 +284,64 @@ def _check_packages(planned: "Plan") -> None:
             raise recipe.fault(key, f"needs the package {package}, which is not installed here", remedy)
 
 
-def _check_data(recipe: Recipe, download: bool) -> str:
-    """Load the data once before anything starts: a missing file or a row without a gold must not cost a GPU minute."""
-    from r1zero.tasks import load_problems
+def _check_data(recipe: Recipe, download: bool) -> "Selection | None":
+    """Choose the problems before anything starts: a missing file or a row without a gold must not cost a GPU minute.
 
-    own: OwnKeys = recipe.own
-    data = recipe["dataset_name"]
-    if own.task != "arithmetic" and not download and not (data and Path(data).expanduser().is_dir()):
-        return "data not looked at (no local folder of that name, so it is taken for a hub id)"
-    splits = ["train"] if own.method == "sft" or own.eval_count == 0 else ["train", "test"]
-    found = {split: len(load_problems(own.task, split, data, own.remove_commas)) for split in splits}
-    return "data: " + ", ".join(f"{count} {split} problems" for split, count in found.items())
+    Returns:
+        What the trainer will choose again; None where that needs the hub and `download` is false.
+    """
+    from r1zero.tasks import selection
+
+    if not download and selection.needs_download(recipe):
+        return None
+    return selection.of(recipe)
+
+
+def _check_golds(recipe: Recipe, selection: "Selection | None") -> "list[Finding]":
+    """What `preflight.golds` finds.
+
+    Raises:
+        DatasetError: where it finds a fault.
+    """
+    from r1zero.preflight import golds
+
+    if selection is None or recipe.own.method != "grpo":
+        return []
+    return golds.required(selection, recipe)
+
+
+def _preflight_only(recipe: Recipe, console: "Console") -> int:
+    """What --check looks at besides the data: prompts, and rollouts where a server is up."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "r1zero.preflight", "--config", str(recipe.path), *recipe.overrides]
+    if recipe.own.method == "grpo":
+        looks = [[]] if recipe.running_server is None else [[], ["--server", recipe.running_server]]
+        for more in looks:
+            sys.stdout.flush()
+            code = subprocess.run([*command, *more], check=False).returncode
+            if code:
+                return 2
+        if recipe.running_server is None:
+            console.print(
+                "note: rollouts were not looked at, no policy server is up; vllm_server_base_url names one, and a run "
+                "with its own server looks at them before it trains",
+                soft_wrap=True,
+            )
+    console.print("Checked: recipe, plan, data, golds, prompts. Nothing was started or written.", soft_wrap=True)
+    return 0
+
+
+def _print_notes(selection: "Selection | None", findings: "list[Finding]", console: "Console") -> None:
+    for note in selection.notes if selection is not None else ():
+        console.print(note, markup=False, soft_wrap=True)
+    for finding in findings:
+        console.print(finding.line(), markup=False, soft_wrap=True)
+
+
+def _counts(selection: "Selection | None") -> str:
+    if selection is None:
+        return "data not looked at (no local folder or file of that name, so it is taken for a hub id)"
+    measured = f", {len(selection.test)} test problems" if selection.test else ""
+    return f"data: {len(selection.train)} train problems{measured}"

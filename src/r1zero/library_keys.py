@@ -130,12 +130,29 @@ def parse_text(key: LibraryKey, text: str) -> Any:
         return check(key, int(word))
     if "float" in key.kinds and _is_number(word):
         return check(key, float(word))
-    if word.startswith(("[", "{")) and not {"list", "dict"}.isdisjoint(key.kinds):
+    # A text may begin with a brace, "{question} ...", where the key takes texts and no mapping.
+    a_text = word.startswith("{") and "str" in key.kinds and "dict" not in key.kinds
+    if word.startswith(("[", "{")) and not {"list", "dict"}.isdisjoint(key.kinds) and not a_text:
         try:
             return check(key, yaml.safe_load(text))
         except yaml.YAMLError:
             raise ValueError(f"expects {_spoken(key)}, got {text!r}, which is neither JSON nor YAML") from None
+    if "list" in key.kinds and "str" not in (*key.kinds, *key.items):
+        return parse_texts(key, [text])
     return check(key, text)
+
+
+def parse_texts(key: LibraryKey, texts: Sequence[str]) -> Any:
+    """The list that command-line words stand for, each a member by itself.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    member = dataclasses.replace(key, kinds=key.items or ("str",), items=(), choices=None)
+    try:
+        return check(key, [parse_text(member, text) for text in texts])
+    except ValueError:
+        raise ValueError(f"expects {_spoken(key)}, got {' '.join(texts)!r}") from None
 
 
 def _fit(kinds: Sequence[str], items: Sequence[str], value: Any) -> Any:

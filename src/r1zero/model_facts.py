@@ -53,6 +53,18 @@ def read(model: str, revision: str | None, *, download: bool) -> ModelFacts | No
         raise ModelNotFound(" ".join(str(error).split())) from error
 
 
+def path_of(model: str) -> str:
+    """What transformers can load. The embedded model is made first where it is not there yet, which imports torch."""
+    from r1zero.recipe import TINY_MODEL
+
+    if model == TINY_MODEL:
+        from r1zero import tiny
+
+        return str(tiny.ensure())
+    folder = Path(model).expanduser()
+    return str(folder) if folder.is_dir() else model
+
+
 def _facts(config: Path) -> ModelFacts:
     try:
         content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))

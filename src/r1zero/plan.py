@@ -20,6 +20,12 @@ from r1zero.recipe import TINY_MODEL, Fault, Recipe, RecipeError
 
 WIDTH = 110
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+# Processes that run to their end before the trainer starts.
+WHAT = {
+    "model": "makes the embedded model where it is not cached, then ends",
+    "preflight": "checks prompts and end tokens, then ends",
+    "rehearsal": "looks at one batch of rollouts, then ends",
+}
 # On a CPU that something else uses too, OpenMP threads that spin for long while they wait make a step ten times slower.
 CPU_ENV = (("GOMP_SPINCOUNT", "3000"),)
 
@@ -96,6 +102,7 @@ class Plan:
         preparations: processes that run to their end, one after the other, before the rest.
         server: the policy server that the launcher starts; None where the recipe has none, or names a running one.
         server_url: where completions come from; None: from inside the trainer.
+        rehearsal: looks at one batch of rollouts once the policy server is ready; None where there is none.
         trainer: ``accelerate launch`` of launch/grpo.py or launch/sft.py.
         trainer_processes: how many processes that is.
         accelerate_config: the file it is given.
@@ -110,6 +117,7 @@ class Plan:
     preparations: tuple[Process, ...]
     server: Process | None
     server_url: str | None
+    rehearsal: Process | None
     trainer: Process
     trainer_processes: int
     accelerate_config: Path
@@ -120,7 +128,7 @@ class Plan:
     @property
     def processes(self) -> tuple[Process, ...]:
         """In the order of their start."""
-        return (*self.preparations, *((self.server,) if self.server else ()), self.trainer)
+        return (*self.preparations, *(each for each in (self.server, self.rehearsal) if each), self.trainer)
 
     def render(self) -> str:
         """The plan as text that a person can check in ten seconds."""
@@ -154,10 +162,16 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     if recipe.model == TINY_MODEL:
         preparations = (Process("model", (sys.executable, "-m", "r1zero.tiny"), CPU_ENV, log="logs/model.log"),)
 
+    rehearsal = None
+    if recipe.own.method == "grpo":
+        preflight = (sys.executable, "-m", "r1zero.preflight", "--config", str(run_folder / "recipe.yaml"))
+        preparations = (*preparations, Process("preflight", preflight, CPU_ENV, log="logs/preflight.log"))
     server, server_url = None, recipe.running_server
     if recipe.launches_server:
         server_url = f"http://127.0.0.1:{serve_port}"
         server = _server(recipe, batch, server_gpus, serve_port)
+    if server_url is not None and recipe.own.method == "grpo":
+        rehearsal = Process("rehearsal", (*preflight, "--server", server_url), CPU_ENV, log="logs/rehearsal.log")
 
     script = f"launch/{recipe.own.method}.py"
     settings = _trainer_settings(recipe, server_url, group_port)
@@ -177,7 +191,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     hand_trainer = (
         *("accelerate", "launch", *accelerate, script, "--config", str(recipe.path), *recipe.overrides, *settings),
     )
-    by_hand = [_shell(process.argv, process.gpus, process.env) for process in preparations]
+    by_hand = [_shell(process.argv, process.gpus, process.env) for process in preparations if process.name == "model"]
     if server:
         by_hand.append(_shell(policy_server.by_hand(server.argv), server_gpus, server.env))
     by_hand.append(_shell(hand_trainer, trainer_gpus, () if trainer_gpus else CPU_ENV))
@@ -188,6 +202,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
         preparations=preparations,
         server=server,
         server_url=server_url,
+        rehearsal=rehearsal,
         trainer=trainer,
         trainer_processes=processes,
         accelerate_config=config,
@@ -353,8 +368,8 @@ def _render(plan: Plan) -> str:
         if process is plan.server:
             assert plan.server_url is not None  # noqa: S101 - a plan with a server has its address
             ports, what = plan.server_url.rpartition(":")[2], "vllm serve, this machine only"
-        elif process in plan.preparations:
-            what = "makes the embedded model where it is not cached, then ends"
+        elif process in (*plan.preparations, plan.rehearsal):
+            what = WHAT[process.name]
         table.add_row(process.name, node.host, ",".join(map(str, process.gpus)) or "none", ports, what)
     if plan.server is None and plan.server_url:
         table.add_row("server", "-", "-", "-", f"already running at {plan.server_url}, not ours to stop")

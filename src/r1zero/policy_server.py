@@ -8,7 +8,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -173,6 +174,66 @@ class _Attempt(threading.Thread):
             self.state += f" ({type(error).__name__}: {error})"
         except (ValueError, LookupError, TypeError) as error:
             self.state += f" (its answer is not vLLM's: {type(error).__name__}: {error})"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion as the server gave it.
+
+    Attributes:
+        text: decoded, with the stop string that ended it.
+        token_ids: as sampled, the end token included.
+        clipped: whether it was cut off at the limit of tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    clipped: bool
+
+
+def served_model(base_url: str) -> str:
+    """The name under which the server knows its model.
+
+    Raises:
+        ServerNotReady: as `complete`.
+    """
+    return str(_answer(base_url, "GET", "/v1/models", SHORT_S)["data"][0]["id"])
+
+
+def complete(
+    base_url: str, model: str, prompt_ids: Sequence[int], sampling: Mapping[str, Any], timeout_s: float
+) -> list[Completion]:
+    """The completions of one prompt.
+
+    Args:
+        base_url: of a server that is ready.
+        model: as `served_model` says.
+        prompt_ids: the prompt's tokens.
+        sampling: vLLM's sampling parameters, `n` among them.
+        timeout_s: for the whole answer.
+
+    Raises:
+        ServerNotReady: when the server refuses, is gone, is too slow, or is not vLLM.
+    """
+    request = {"model": model, "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
+    choices = _answer(base_url, "POST", "/v1/completions", timeout_s, request)["choices"]
+    return [Completion(c["text"], tuple(c["token_ids"]), c["finish_reason"] == "length") for c in choices]
+
+
+def _answer(base_url: str, method: str, path: str, timeout_s: float, request: Any = None) -> Any:
+    try:
+        status, body = _ask(base_url, method, path, timeout_s, request)
+        content = json.loads(body) if status == 200 else None
+    except (OSError, HTTPException) as error:
+        why = f"gave no answer to {path} within {timeout_s:g} s ({type(error).__name__}: {error})"
+        raise ServerNotReady(f"policy server at {base_url} {why}") from error
+    except ValueError as error:
+        raise ServerNotReady(f"policy server at {base_url}: its answer to {path} is not vLLM's ({error})") from error
+    if status != 200:
+        raise ServerNotReady(f"policy server at {base_url} answered {path} with {status}: {body[:500]}")
+    if not isinstance(content, dict):
+        raise ServerNotReady(f"policy server at {base_url}: its answer to {path} is not vLLM's: {body[:500]}")
+    return content
 
 
 def _ask(base_url: str, method: str, path: str, timeout_s: float, body: Any = None) -> tuple[int, str]:

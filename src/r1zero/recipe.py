@@ -5,6 +5,7 @@ they are known here from a generated table, so that a wrong key is answered at o
 keys are the fields of `OwnKeys`: their one documentation is the help text beside each.
 """
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -19,19 +20,28 @@ import yaml
 from r1zero import library_keys
 from r1zero.library_keys import LibraryKey
 from r1zero.removed_keys import REMOVED
-from r1zero.tasks.prompts import TEMPLATES
+from r1zero.tasks import prompts, rewards, rows, sources
+from r1zero.tasks.answers import ANSWER_CHOICES, ANSWER_FORMATS
+from r1zero.tasks.decontamination import DEFAULT_NGRAM
+from r1zero.tasks.prompts import TEMPLATES, Template, TemplateError
+from r1zero.tasks.rewards import RewardError, RewardFunction
+from r1zero.tasks.sources import SIMPLERL_LEVELS, TASKS
+from r1zero.tasks.verifier import ANSWER_MATCHES, Verifier
 
 METHODS = ("grpo", "sft")
-TASKS = ("arithmetic", "gsm8k")
+TAGGED_TASKS = ("arithmetic", "gsm8k")  # where neither recipe nor template says how an answer is given
 TINY_MODEL = "r1zero/tiny-arithmetic"
 
 # Keys of TRL that would be read by nobody here: a run that ignored them would not be the run that was asked for.
 WITHOUT_EFFECT = {
     "resume_from_checkpoint": "resuming is not built yet; to go on from a model, --model_name_or_path RUN/model",
-    "dataset_config": "leave it out: the task knows its dataset",
-    "dataset_train_split": "leave it out: training reads the split train, measuring the split test",
-    "dataset_test_split": "leave it out: training reads the split train, measuring the split test",
     "dataset_streaming": "leave it out: the data is read whole",
+}
+# Keys that only one reward reads.
+REWARD_KEYS = {
+    "correctness_scale": "correctness",
+    "overlong_cache_tokens": "soft_overlong",
+    "repetition_ngram": "repetition",
 }
 # What people type for it elsewhere, where the spelling alone would not lead there.
 ALIASES = {
@@ -47,7 +57,9 @@ ALIASES = {
 
 
 def _key(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+    return field(
+        default_factory=lambda: copy.copy(default), metadata={"default": default, "help": help, "choices": choices}
+    )
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,106 @@ class OwnKeys:
     """The keys that are ours and not TRL's. ``launch/run.py --help`` prints this list."""
 
     method: str = _key("grpo", "what trains: grpo (reinforcement learning) or sft (cold start)", METHODS)
-    task: str = _key("gsm8k", "what is asked and how it is graded", TASKS)
-    prompt_template: str = _key("r1rl", "how a question becomes the prompt", tuple(TEMPLATES))
+    task: str = _key(
+        "gsm8k",
+        "what is asked: arithmetic (makes its own sums), gsm8k, math (competition mathematics in its published forms) "
+        "or dataset (any, by its columns); dataset_name is a hub id, a folder or a file, empty for the task's own",
+        TASKS,
+    )
+    question_column: str | None = _key(
+        None, "the column with the question, for task math or dataset; empty: question, for math also problem"
+    )
+    answer_column: str | None = _key(
+        None,
+        "the column with the gold answer, for task math or dataset; empty: answer, for math also final_answer or the "
+        "last \\boxed{} of the solution",
+    )
+    solution_column: str | None = _key(
+        None,
+        "the column with a worked solution, for task math or dataset; empty: solution for math, else none; the cold "
+        "start learns from it",
+    )
+    levels: list[int] | None = _key(
+        None,
+        "train only on problems whose column level says one of these, for task math or dataset; empty: "
+        f"{', '.join(map(str, SIMPLERL_LEVELS))} for math where there is such a column, as simpleRL; all are measured",
+    )
+    mixture: list[dict[str, Any]] | None = _key(
+        None,
+        "several datasets to train on, in place of task and dataset_name: a list of mappings with task and, where "
+        "wanted, dataset_name, dataset_config, split, weight (its share, relative to the other weights), "
+        "question_column, answer_column, solution_column, levels",
+    )
+    shuffle_seed: int | None = _key(
+        None, "shuffle the training problems by this seed; empty: as in the dataset (TRL then shuffles by seed)"
+    )
+    eval_task: str | None = _key(
+        None, "what is measured; empty: as in training, for a mixture the test split of each part", TASKS
+    )
+    eval_dataset_name: str | None = _key(
+        None,
+        "the dataset to measure on, its split dataset_test_split; empty: as in training, for math's own "
+        f"{sources.MEASURED_ON['math']}",
+    )
+    decontaminate_ngram: int = _key(
+        DEFAULT_NGRAM,
+        "leave out training problems that share this many words in a row with a question that is measured; shorter "
+        "questions are compared whole; 0: never; words",
+    )
+    decontaminate_against: list[str] | None = _key(
+        None,
+        "further datasets whose questions training must not contain, since they are measured later: hub ids, folders "
+        "or files, each with :SPLIT where that is not test",
+    )
+    prompt_template: str | list[dict[str, str]] = _key(
+        "r1rl",
+        f"how a question becomes the prompt: {', '.join(TEMPLATES)}; or one of your own, a text or a list of chat "
+        "messages {role, content}, with {question} where the question goes",
+    )
+    stop_strings: list[str] | None = _key(
+        None, "a completion ends with the first of these, for example </answer>, as it does with the end token"
+    )
+    answer_format: str | None = _key(
+        None,
+        "where the answer is read: tagged (<answer>) or boxed (\\boxed); empty: as the prompt template asks, else "
+        "tagged for arithmetic and gsm8k, boxed for all others",
+        ANSWER_FORMATS,
+    )
+    answer_choice: str = _key(
+        "agreed",
+        "which of several answers counts: first, last, or agreed (where they contradict each other, none)",
+        ANSWER_CHOICES,
+    )
+    answer_match: str = _key(
+        "math",
+        "what makes an answer right: math (equal in value) or exact (the same text, R1RL's rule)",
+        ANSWER_MATCHES,
+    )
+    reward_funcs: list[str] = _key(
+        ["correctness"],
+        f"what a completion is rewarded for: {', '.join(rewards.REWARDS)}, or module:function of your own; "
+        "TRL's reward_weights gives each its weight",
+    )
+    correctness_scale: float = _key(1.0, "what the reward correctness gives for a correct answer")
+    overlong_cache_tokens: int | None = _key(
+        None,
+        "how long before max_completion_length the punishment of soft_overlong begins; empty: a fifth of that; tokens",
+    )
+    repetition_ngram: int = _key(
+        20, "words in an n-gram, for the reward repetition; a short one also punishes a formula that is quoted again"
+    )
+    # A base model starts with 60 to 90 % of its answers unreadable, and a healthy run begins there. Above 90 % four
+    # groups of 8 completions in ten hold no answer at all.
+    alert_unparsed: float = _key(
+        0.9, "say so when a larger share of the completions of the last 10 generations has no answer; 1: never"
+    )
+    alert_timed_out: float = _key(
+        0.01, "say so when the verifier gave up on a larger share of the answers of the last 10 generations; 1: never"
+    )
     remove_commas: bool = _key(True, "drop thousands commas from gold and answer before they are compared")
+    max_unreadable_golds: float = _key(
+        0.005, "refuse data in which a larger share of the golds cannot be read as an answer; they are listed"
+    )
     max_prompt_tokens: int | None = _key(
         None, "leave problems with a longer prompt out of the data, and count them; tokens"
     )
@@ -75,6 +184,21 @@ class OwnKeys:
     runs_dir: str = _key(
         "runs", "where run folders go, one per run, named by recipe and time; output_dir names one exactly"
     )
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One entry of a recipe's mixture; its keys mean what they mean in a recipe of one dataset."""
+
+    task: str = _key("dataset", "how the dataset is read", TASKS)
+    dataset_name: str | None = _key(None, "hub id, folder or file; empty: the task's own")
+    dataset_config: str | None = _key(None, "the dataset's configuration")
+    split: str = _key("train", "the split to train on")
+    weight: float = _key(1.0, "the share of the training problems, relative to the other weights")
+    question_column: str | None = _key(None, "the column with the question")
+    answer_column: str | None = _key(None, "the column with the gold answer")
+    solution_column: str | None = _key(None, "the column with a worked solution")
+    levels: list[int] | None = _key(None, "the levels to train on")
 
 
 @dataclass(frozen=True)
@@ -134,6 +258,60 @@ class Recipe:
         return str(self["model_name_or_path"])
 
     @property
+    def mixture(self) -> tuple[MixtureEntry, ...] | None:
+        """The datasets of the mixture, None where the recipe trains on one."""
+        if self.own.mixture is None:
+            return None
+        return tuple(MixtureEntry(**_checked_entry(entry)[0]) for entry in self.own.mixture)
+
+    @property
+    def template(self) -> Template:
+        """How a question becomes the prompt."""
+        return prompts.template(self.own.prompt_template)
+
+    @property
+    def answer_format(self) -> str:
+        """Where answers are read, "tagged" or "boxed": the recipe's word, else the template's, else the task's."""
+        task = "tagged" if self._asks_for_numbers else "boxed"
+        return self.own.answer_format or self.template.answer_format or task
+
+    @property
+    def _asks_for_numbers(self) -> bool:
+        """Whether every answer of the tasks is a plain number."""
+        tasks = [self.own.task] if self.mixture is None else [entry.task for entry in self.mixture]
+        return all(task in TAGGED_TASKS for task in tasks) and self.own.eval_task in (None, *TAGGED_TASKS)
+
+    def verifier(self) -> Verifier:
+        """What grades the run's completions; starts no process yet."""
+        return Verifier(
+            answer_format=self.answer_format,
+            answer_choice=self.own.answer_choice,
+            answer_match=self.own.answer_match,
+            remove_commas=self.own.remove_commas,
+            numbers=self._asks_for_numbers,
+        )
+
+    def reward_functions(self) -> list[RewardFunction]:
+        """The functions of ``reward_funcs``, in that order; the user's own are imported, from the current folder too.
+
+        Raises:
+            RecipeError: one cannot be imported or called.
+        """
+        shape = rewards.Shape(
+            template=self.template,
+            answer_format=self.answer_format,
+            max_completion_length=self["max_completion_length"],
+            correctness_scale=self.own.correctness_scale,
+            overlong_cache_tokens=self.own.overlong_cache_tokens,
+            repetition_ngram=self.own.repetition_ngram,
+        )
+        try:
+            return rewards.make(self.own.reward_funcs, shape)
+        except RewardError as error:
+            fault = Fault("reward_funcs", error.name, error.why, error.remedy)
+            raise RecipeError(str(self.path), [fault]) from error
+
+    @property
     def uses_vllm(self) -> bool:
         """Whether vLLM generates, in a process of its own or inside the trainer; the cold start generates nothing."""
         return self.own.method == "grpo" and bool(self["use_vllm"])
@@ -169,19 +347,24 @@ class Recipe:
 
 def own_keys() -> dict[str, LibraryKey]:
     """Our keys in the same form as the libraries', so that one checker and one parser serve both."""
-    hints = typing.get_type_hints(OwnKeys)
+    return _keys_of(OwnKeys)
+
+
+def _keys_of(owner: type[OwnKeys] | type[MixtureEntry]) -> dict[str, LibraryKey]:
+    hints = typing.get_type_hints(owner)
     keys = {}
-    for item in dataclasses.fields(OwnKeys):
+    for item in dataclasses.fields(owner):
         hint = hints[item.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = tuple("none" if member is type(None) else member.__name__ for member in members)
         keys[item.name] = LibraryKey(
             name=item.name,
             kinds=kinds,
-            default=item.default,
+            default=item.metadata["default"],
             choices=item.metadata["choices"],
             owner="r1zero",
             help=item.metadata["help"],
+            items=tuple(item.__name__ for each in members for item in typing.get_args(each)),
         )
     return keys
 
@@ -308,7 +491,7 @@ def _parse_words(key: LibraryKey, words: list[str]) -> Any:
     if len(words) > 1:
         if "list" not in key.kinds:
             raise ValueError("takes one value")
-        return library_keys.check(key, words)
+        return library_keys.parse_texts(key, words)
     return library_keys.parse_text(key, words[0])
 
 
@@ -350,14 +533,7 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         inside = Path(model).expanduser() / "model"
         remedy = f"did you mean {inside}?" if (inside / "config.json").is_file() else "mend the path"
         yield Fault("model_name_or_path", model, "no such model folder (no config.json in it)", remedy)
-    data = recipe["dataset_name"]
-    if data and _looks_like_a_path(data) and not Path(data).expanduser().exists():
-        yield Fault("dataset_name", data, "no such file or folder", "mend the path, or give a hub id")
-    elif data and Path(data).expanduser().is_file():
-        remedy = f"give its folder, {Path(data).parent}, with train and test in it"
-        yield Fault("dataset_name", data, "is a file", remedy)
-    if own.task == "arithmetic" and data:
-        yield Fault("dataset_name", data, "task arithmetic makes its own problems", "leave dataset_name out")
+    yield from _impossible_data(recipe)
     for key, least in (("max_prompt_tokens", 1), ("eval_count", 0), ("eval_samples", 1), ("server_gpus", 1)):
         value = getattr(own, key)
         if value is not None and value < least:
@@ -368,6 +544,10 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("eval_temperature", own.eval_temperature, "cannot be negative", "0 is greedy, 1 samples as trained")
     if own.server_ready_timeout <= 0:
         yield Fault("server_ready_timeout", own.server_ready_timeout, "must be positive", "600 seconds is the default")
+    try:
+        prompts.template(own.prompt_template)
+    except TemplateError as error:
+        yield Fault("prompt_template", own.prompt_template, error.why, error.remedy)
     for key, remedy in WITHOUT_EFFECT.items():
         if recipe.library.get(key) not in (None, False, library_keys.load(own.method)[key].default):
             yield Fault(key, recipe[key], "would have no effect here", remedy)
@@ -396,6 +576,135 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         yield from _impossible_grpo(recipe)
 
 
+def _impossible_data(recipe: Recipe) -> Iterable[Fault]:
+    own = recipe.own
+    yield from _absent("dataset_name", recipe["dataset_name"])
+    yield from _absent("eval_dataset_name", own.eval_dataset_name)
+    for name, _, _ in sources.kept_apart_from(recipe):
+        yield from _absent("decontaminate_against", name)
+    if own.decontaminate_ngram < 0:
+        yield Fault("decontaminate_ngram", own.decontaminate_ngram, "cannot be negative", "0 leaves nothing out")
+    if own.decontaminate_against and not own.decontaminate_ngram:
+        why = "decontaminate_ngram is 0, which compares nothing"
+        yield Fault("decontaminate_against", own.decontaminate_against, why, f"set it to {DEFAULT_NGRAM}, or drop this")
+    faults = list(_impossible_training(recipe) if own.mixture is None else _impossible_mixture(recipe))
+    yield from faults
+    if not faults:  # what is measured follows from what is trained on
+        yield from _impossible_measuring(recipe)
+
+
+def _impossible_training(recipe: Recipe) -> Iterable[Fault]:
+    given = _description(recipe)
+    yield from _impossible_source(recipe.own.task, given)
+    for key, split in (("dataset_train_split", "train"), ("dataset_test_split", "test")):
+        if recipe.own.task == "arithmetic" and recipe[key] != split:
+            yield Fault(key, recipe[key], f"task arithmetic has its own split {split}", f"leave {key} out")
+
+
+def _description(recipe: Recipe) -> dict[str, Any]:
+    """The keys that describe the one dataset a recipe trains on."""
+    ours = ("question_column", "answer_column", "solution_column", "levels")
+    library = {key: recipe[key] for key in ("dataset_name", "dataset_config")}
+    return library | {key: getattr(recipe.own, key) for key in ours}
+
+
+def _impossible_source(task: str, given: Mapping[str, Any]) -> Iterable[Fault]:
+    """What one dataset to train on cannot be; `given` holds the keys that describe it."""
+    if task in ("arithmetic", "gsm8k"):
+        what = "makes its own problems" if task == "arithmetic" else "knows its columns, and has no levels"
+        legal = () if task == "arithmetic" else ("dataset_name", "dataset_config")
+        for key, value in given.items():
+            if value is not None and key not in legal:
+                yield Fault(key, value, f"task {task} {what}", f"leave {key} out, or take task math or dataset")
+    if task == "dataset" and not given["dataset_name"]:
+        yield Fault("dataset_name", given["dataset_name"], "is missing: task dataset has none of its own", "name one")
+    if given["levels"] == []:
+        yield Fault("levels", [], "no level is left", "name some, such as [3, 4, 5], or leave levels out")
+
+
+def _impossible_mixture(recipe: Recipe) -> Iterable[Fault]:
+    own = recipe.own
+    if not own.mixture:
+        yield Fault("mixture", own.mixture, "holds no dataset", "name some, or leave mixture out")
+    given = _description(recipe)
+    given["task"] = own.task if own.task != own_keys()["task"].default else None
+    given["dataset_train_split"] = recipe.library.get("dataset_train_split")
+    for key, value in given.items():
+        if value is not None:
+            inside = "split" if key == "dataset_train_split" else key
+            why = "the mixture says what is trained on"
+            yield Fault(key, value, why, f"leave it out, and write {inside} into the entries of the mixture")
+    for number, entry in enumerate(own.mixture or (), start=1):
+        values, faults = _checked_entry(entry)
+        if not faults:
+            faults = list(_impossible_entry(MixtureEntry(**values)))
+        for fault in faults:
+            yield Fault(f"mixture, entry {number}: {fault.key}", fault.value, fault.why, fault.remedy)
+
+
+def _impossible_entry(entry: MixtureEntry) -> Iterable[Fault]:
+    ours = ("dataset_name", "dataset_config", "question_column", "answer_column", "solution_column", "levels")
+    yield from _impossible_source(entry.task, {key: getattr(entry, key) for key in ours})
+    yield from _absent("dataset_name", entry.dataset_name)
+    if entry.weight <= 0:
+        yield Fault("weight", entry.weight, "must be positive", "leave the entry out for none of it")
+    if entry.task == "arithmetic" and entry.split != "train":
+        yield Fault("split", entry.split, "task arithmetic has its own split train", "leave split out")
+
+
+def _checked_entry(entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+    """The keys of a mixture's entry as `MixtureEntry` takes them, and what is wrong with the others."""
+    legal = _keys_of(MixtureEntry)
+    values: dict[str, Any] = {}
+    faults = []
+    for key, value in entry.items():
+        if key not in legal:
+            near = difflib.get_close_matches(str(key), legal, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]}?" if near else f"one of: {', '.join(legal)}"
+            faults.append(Fault(str(key), value, "is not a key of an entry", remedy))
+            continue
+        try:
+            values[key] = library_keys.check(legal[key], value)
+        except ValueError as error:
+            faults.append(Fault(key, value, str(error), _type_remedy(legal[key], value)))
+    if "task" not in entry:
+        faults.append(Fault("task", None, "is missing", f"one of: {', '.join(TASKS)}"))
+    return values, faults
+
+
+def _impossible_measuring(recipe: Recipe) -> Iterable[Fault]:
+    """What cannot be measured on, or must not be since it is trained on."""
+    own = recipe.own
+    if recipe.mixture is not None and own.eval_dataset_name and own.eval_task is None:
+        why = "the mixture leaves open how it is read"
+        yield Fault("eval_dataset_name", own.eval_dataset_name, why, f"set eval_task, one of: {', '.join(TASKS)}")
+        return
+    trained = sources.trained_on(recipe)
+    for source in sources.measured_on(recipe):
+        named = source.dataset_name
+        if source.task == "arithmetic" and own.eval_dataset_name:
+            why = "task arithmetic makes its own problems, and eval_task is arithmetic"
+            yield Fault("eval_dataset_name", named, why, "leave it out, or set eval_task")
+        elif source.task == "arithmetic" and source.split != "test":
+            yield Fault("dataset_test_split", source.split, "task arithmetic has its own split test", "leave it out")
+        elif source.task == "dataset" and named is None:
+            why = "is missing: task dataset has none of its own"
+            yield Fault("eval_dataset_name", None, why, "name one, or set eval_count: 0 to measure nothing")
+        elif source.key != "eval_dataset_name" and named and Path(named).expanduser().is_file():
+            remedy = "set eval_dataset_name to what is measured on, or eval_count: 0 to measure nothing"
+            yield Fault(source.key, named, "is one file, and all of it is trained on", remedy)
+        elif any(rows.same_rows(source.place, each.place) for each in trained):
+            key = "eval_dataset_name" if own.eval_dataset_name else "dataset_test_split"
+            value = own.eval_dataset_name or source.split
+            why = f"is what is trained on: {named}, split {source.split}"
+            yield Fault(key, value, why, "measure on another split (dataset_test_split) or dataset (eval_dataset_name)")
+
+
+def _absent(key: str, name: str | None) -> Iterable[Fault]:
+    if name and _looks_like_a_path(name) and not rows.local(name):
+        yield Fault(key, name, "no such file or folder", "mend the path, or give a hub id")
+
+
 def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     group = recipe["num_generations"]
     if group is None or group < 2:
@@ -409,9 +718,21 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     if recipe["generation_batch_size"] is not None and recipe["steps_per_generation"] is not None:
         why = "steps_per_generation is given as well, and each fixes the other"
         yield Fault("generation_batch_size", recipe["generation_batch_size"], why, "keep one of the two")
-    if recipe["reward_weights"] is not None and len(recipe["reward_weights"]) != 1:
-        why = "the task has one reward, the exact answer"
-        yield Fault("reward_weights", recipe["reward_weights"], why, "give one weight, or leave it out")
+    yield from _impossible_rewards(recipe)
+    if recipe.own.stop_strings is not None and not all(recipe.own.stop_strings):
+        yield Fault("stop_strings", recipe.own.stop_strings, "an empty text stops everything", "leave that one out")
+    if recipe.own.stop_strings and recipe["mask_truncated_completions"]:
+        why = (
+            "TRL takes a completion that ended with a stop string for one that was cut off, and would not learn from it"
+        )
+        yield Fault(
+            "mask_truncated_completions", True, why, "leave out one of mask_truncated_completions, stop_strings"
+        )
+    for key in ("alert_unparsed", "alert_timed_out", "max_unreadable_golds"):
+        if not 0 <= getattr(recipe.own, key) <= 1:
+            yield Fault(
+                key, getattr(recipe.own, key), "is a share, from 0 to 1", f"{own_keys()[key].default} is the default"
+            )
     if recipe.dedicated_server and (recipe["load_in_4bit"] or recipe["load_in_8bit"]):
         why = "TRL's server mode merges the adapter into the base, which quantized weights do not allow (trl#4973)"
         yield Fault("vllm_mode", "server", why, "use vllm_mode: colocate or use_vllm: false")
@@ -424,6 +745,51 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     if recipe["eval_strategy"] not in ("no", "steps"):
         why = "held-out accuracy is measured by steps"
         yield Fault("eval_strategy", recipe["eval_strategy"], why, "use steps with eval_steps, or no")
+
+
+def _impossible_rewards(recipe: Recipe) -> Iterable[Fault]:
+    own = recipe.own
+    names = own.reward_funcs
+    if not names:
+        yield Fault(
+            "reward_funcs", names, "without a reward there is nothing to learn", "name one, such as correctness"
+        )
+    for name in names:
+        try:
+            rewards.check_name(name)
+        except RewardError as error:
+            yield Fault("reward_funcs", name, error.why, error.remedy)
+    metrics = [rewards.metric_name(name) for name in names]
+    twice = sorted({name for name in metrics if metrics.count(name) > 1})
+    if twice:
+        why = f"two of them are called {', '.join(twice)} and would share one metric"
+        yield Fault("reward_funcs", names, why, "leave one out, or rename it")
+    weights = recipe["reward_weights"]
+    if weights is not None and len(weights) != len(names):
+        why = f"has {len(weights)} weights for the {len(names)} of reward_funcs: {', '.join(names)}"
+        yield Fault("reward_weights", weights, why, "give one weight for each, in that order, or leave it out")
+    for key, name in REWARD_KEYS.items():
+        if name not in names and getattr(own, key) != own_keys()[key].default:
+            yield Fault(key, getattr(own, key), "would have no effect here", f"add {name} to reward_funcs, or drop it")
+    limit, cache = recipe["max_completion_length"], own.overlong_cache_tokens
+    if cache is not None and limit is not None and not 1 <= cache <= limit:
+        why = f"must be from 1 to max_completion_length, which is {limit}"
+        yield Fault(
+            "overlong_cache_tokens", cache, why, "a fifth of max_completion_length is usual; leave it out for that"
+        )
+    if limit is None and "soft_overlong" in names:
+        why = "is null, and soft_overlong punishes what comes near it"
+        yield Fault("max_completion_length", limit, why, "give the limit of a completion in tokens")
+    if own.repetition_ngram < 1:
+        yield Fault("repetition_ngram", own.repetition_ngram, "must be at least 1 word", "raise it")
+    if "tag_count" in names:
+        try:
+            fitting = recipe.answer_format == "tagged" and recipe.template.reasoning_tag is not None
+        except TemplateError:
+            return  # said above
+        if not fitting:
+            why = "tag_count counts reasoning and answer tags, and this prompt_template or answer_format has none"
+            yield Fault("reward_funcs", names, why, "leave tag_count out, or take a template with both, such as r1rl")
 
 
 def _looks_like_a_path(name: str) -> bool:

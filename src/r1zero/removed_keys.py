@@ -6,8 +6,8 @@ to 1.14, transformers 4.40 to 5.0 and open-r1 declared; a test keeps every key t
 """
 
 _WANDB = "wandb reads its own environment variables: set {}"
-_DATASET = "one dataset a recipe: set task and dataset_name; the task knows its splits"
-_REWARD = "the task brings its reward (exact answer); there is no other reward to shape, leave the key out"
+_MIXTURE = "set task and dataset_name for one dataset, or list several, with their weights, in mixture"
+_COSINE = "there is no cosine reward here; name another in reward_funcs, or module:function of your own"
 _CODE = "code execution is not a task here; leave the key out, or name one of our tasks in task"
 _TPU = "TPUs are not supported; leave the key out"
 _FSDP = "write it into fsdp_config, or name an accelerate_config"
@@ -39,10 +39,10 @@ REMOVED: dict[str, str] = {
     "tokenizer_name_or_path": "the tokenizer is the model's own; leave the key out",
     "config": "the recipe is the configuration: give its path as the first argument",
     "env": "set environment variables in the shell that starts the run",
-    "datasets": _DATASET,
+    "datasets": _MIXTURE,
     "streaming": "it is called dataset_streaming now",
-    "test_split_size": "the task has a test split of its own; eval_count says how much of it is measured",
-    "reward_model_name_or_path": _REWARD,
+    "test_split_size": "set dataset_test_split, or eval_dataset_name; eval_count says how much of it is measured",
+    "reward_model_name_or_path": "rewards are functions here, not models: name them in reward_funcs",
     # --- transformers: TrainingArguments
     "overwrite_output_dir": "every run gets a fresh run folder that is never overwritten; leave the key out",
     "evaluation_strategy": "it is called eval_strategy now",
@@ -81,7 +81,7 @@ REMOVED: dict[str, str] = {
     "benchmarks": "measuring on benchmarks is not built yet; eval_count and eval_samples measure on the test split",
     "callbacks": "there are no callbacks to name; leave the key out",
     "chat_template": "prompt_template says how a question becomes the prompt; for method sft set chat_template_path",
-    "system_prompt": "set prompt_template, which holds the instruction as well as the question's place",
+    "system_prompt": "set prompt_template to a list of chat messages, the system's and the user's with {question}",
     "hub_model_revision": "it is called hub_revision now",
     "push_to_hub_revision": "set push_to_hub: true, and the branch in hub_revision",
     "overwrite_hub_revision": "pushing adds commits to hub_revision; name a fresh branch there instead",
@@ -89,16 +89,15 @@ REMOVED: dict[str, str] = {
     "wandb_project": _WANDB.format("WANDB_PROJECT"),
     "wandb_run_group": _WANDB.format("WANDB_RUN_GROUP"),
     "wandb_description": _WANDB.format("WANDB_NOTES"),
-    "reward_funcs": "the task brings its reward (exact answer); set task, leave reward_funcs out",
-    "cosine_min_value_wrong": _REWARD,
-    "cosine_max_value_wrong": _REWARD,
-    "cosine_min_value_correct": _REWARD,
-    "cosine_max_value_correct": _REWARD,
-    "cosine_max_len": _REWARD,
-    "repetition_n_grams": _REWARD,
-    "repetition_max_penalty": _REWARD,
-    "max_completion_len": "it shaped a length penalty; the limit on a completion is max_completion_length, in tokens",
-    "soft_punish_cache": _REWARD,
+    "cosine_min_value_wrong": _COSINE,
+    "cosine_max_value_wrong": _COSINE,
+    "cosine_min_value_correct": _COSINE,
+    "cosine_max_value_correct": _COSINE,
+    "cosine_max_len": _COSINE,
+    "repetition_n_grams": "it is called repetition_ngram now",
+    "repetition_max_penalty": "name repetition in reward_funcs, and its weight, above 0, in reward_weights",
+    "max_completion_len": "it shaped a length penalty; max_completion_length and overlong_cache_tokens do now",
+    "soft_punish_cache": "it is called overlong_cache_tokens now",
     "code_language": _CODE,
     "code_eval_test_batch_size": _CODE,
     "code_eval_scoring_mode": _CODE,
@@ -107,11 +106,11 @@ REMOVED: dict[str, str] = {
     "ioi_provider": _CODE,
     "e2b_router_url": _CODE,
     "morph_router_url": _CODE,
-    "dataset_prompt_column": "the task knows its dataset's columns; leave the key out",
-    "dataset_mixture": _DATASET,
-    "dataset_mixer": _DATASET,
-    "dataset_splits": _DATASET,
-    "dataset_configs": _DATASET,
+    "dataset_prompt_column": "it is called question_column here",
+    "dataset_mixture": _MIXTURE,
+    "dataset_mixer": _MIXTURE,
+    "dataset_splits": "set dataset_train_split and dataset_test_split; in an entry of mixture, split",
+    "dataset_configs": "set dataset_config, or in an entry of mixture dataset_config",
     "dataset_train_config": "it is called dataset_config now",
     "num_train_samples": "set max_steps to train for less than the whole dataset",
     "preprocessing_num_workers": "it is called dataset_num_proc now, with method sft",

@@ -34,8 +34,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from r1zero.recipe import TINY_MODEL
 from r1zero.tasks import arithmetic
-from r1zero.tasks.prompts import R1RL_SYSTEM, r1rl, r1rl_completion
+from r1zero.tasks.prompts import R1RL_SYSTEM, TEMPLATES
 
+PROMPT = TEMPLATES["r1rl"]
 PAD, EOS = "<pad>", "<eos>"
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHARACTERS = "\n" + "".join(chr(code) for code in range(ord(" "), ord("~") + 1))
@@ -172,7 +173,8 @@ def _pretrain(
     progress: Progress | None,
 ) -> None:
     """Next-token prediction; the loss leaves out the prompt, whose numbers nobody can predict."""
-    prompt_length = len(tokenizer(r1rl(arithmetic.question(10, 10)))["input_ids"])  # the same for all two-digit numbers
+    prompt = PROMPT.build(arithmetic.question(10, 10))  # as long for all two-digit numbers
+    prompt_length = len(tokenizer(prompt)["input_ids"])
     steps = pretraining.steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=pretraining.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(steps // 10, 1)
@@ -206,8 +208,8 @@ def _batches(pretraining: Pretraining) -> Iterator[list[str]]:
             careful = step < pretraining.careful_share * pretraining.steps
             faultless = arithmetic.worked_solution(a, b), a + b
             solution, answer = faultless if careful else arithmetic.careless_solution(a, b, rng)
-            completion = r1rl_completion(solution, str(answer))
-            texts.append(f"{r1rl(arithmetic.question(a, b))}{completion}{EOS}")
+            completion = PROMPT.completion(solution, str(answer), "tagged")
+            texts.append(f"{PROMPT.build(arithmetic.question(a, b))}{completion}{EOS}")
         yield texts
 
 

@@ -65,6 +65,7 @@ def test_without_a_terminal_each_new_thing_is_one_plain_line_once(folder: RunFol
         display.finish()
         run_folder.append_json_line(folder.metrics, step(1))
         run_folder.append_json_line(folder.metrics, step(2))
+        run_folder.append_json_line(folder.metrics, {"kind": "alert", "step": 2, "message": "[look] here"})
         with folder.metrics.open("a") as file:
             file.write('{"kind": "step", "step": 3, "steps"')
         display.finish()
@@ -80,6 +81,7 @@ def test_without_a_terminal_each_new_thing_is_one_plain_line_once(folder: RunFol
         "training",
         "step 1/3  reward 0.100  left 2.0 s",
         "step 2/3  reward 0.200  left 1.0 s",
+        "ALERT at step 2: [look] here",
         "a long line that stays whole, [bold]brackets[/bold] and all: /a/path/that/is/copied",
         "step 3/3  reward 0.300  left 0.0 s",
     ]

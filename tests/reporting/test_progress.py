@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from r1zero.reporting.progress import duration, evaluation_line, phase_line, step_line
+from r1zero.reporting.progress import alert_line, duration, evaluation_line, phase_line, step_line
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,10 @@ def test_a_step_that_could_compute_nothing_still_has_a_line() -> None:
 )
 def test_phase_line(status: dict[str, Any], line: str) -> None:
     assert phase_line(status) == line
+
+
+def test_alert_line() -> None:
+    assert alert_line({"kind": "alert", "step": 12, "message": "look here"}) == "ALERT at step 12: look here"
 
 
 def test_evaluation_line() -> None:

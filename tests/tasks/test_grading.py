@@ -1,15 +1,13 @@
-"""From completion to verdict to reward: a table of cases, and what TRL is handed."""
+"""R1RL's own rule, and which of a completion's answers counts. What equals what is in verdict_cases.py."""
 
 import random
-from typing import Any
 
 import pytest
 
-from r1zero.tasks.rewards import CorrectnessReward
-from r1zero.tasks.verifier import Graded, Verdict, grade
+from r1zero.tasks.verifier import Graded, Verdict, Verifier
 
-# name: (completion, gold, answer, verdict)
-CASES: dict[str, tuple[str, str, str | None, Verdict]] = {
+# name: (completion, gold, answer, verdict), by R1RL's rule: the first <answer>, equal as text once commas are gone.
+R1RL_CASES: dict[str, tuple[str, str, str | None, Verdict]] = {
     "right": ("12 + 30 = 42\n</reasoning>\n<answer>\n42\n</answer>", "42", "42", Verdict.CORRECT),
     "wrong": ("<answer>43</answer>", "42", "43", Verdict.WRONG),
     "whitespace around it": ("<answer> \t\n 42 \n</answer>", "42", "42", Verdict.CORRECT),
@@ -34,74 +32,90 @@ CASES: dict[str, tuple[str, str, str | None, Verdict]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_grade(name: str) -> None:
-    completion, gold, answer, verdict = CASES[name]
-    assert grade(completion, gold) == Graded(answer, verdict)
+def r1rl(remove_commas: bool = True) -> Verifier:
+    return Verifier(answer_format="tagged", answer_choice="first", answer_match="exact", remove_commas=remove_commas)
+
+
+@pytest.mark.parametrize("name", R1RL_CASES)
+def test_r1rls_rule(name: str) -> None:
+    completion, gold, answer, verdict = R1RL_CASES[name]
+    assert r1rl().grade([completion], [gold]) == [Graded(answer, verdict)]
 
 
 def test_commas_count_where_the_recipe_keeps_them() -> None:
-    assert grade("<answer>1,042</answer>", "1,042", remove_commas=False) == Graded("1,042", Verdict.CORRECT)
-    assert grade("<answer>1,042</answer>", "1042", remove_commas=False) == Graded("1,042", Verdict.WRONG)
-    assert grade("<answer>,</answer>", ",", remove_commas=False) == Graded(",", Verdict.CORRECT)
+    verifier = r1rl(remove_commas=False)
+    assert verifier.grade(["<answer>1,042</answer>"] * 2, ["1,042", "1042"]) == [
+        Graded("1,042", Verdict.CORRECT),
+        Graded("1,042", Verdict.WRONG),
+    ]
+    assert verifier.grade(["<answer>,</answer>"], [","]) == [Graded(",", Verdict.CORRECT)]
 
 
-class Log:
-    """What TRL passes as log_extra and log_metric."""
+# name: (completion, answers under agreed, first and last), boxed; None: commits to none.
+CHOICES: dict[str, tuple[str, str | None, str | None, str | None]] = {
+    "one": (r"so \boxed{42}", "42", "42", "42"),
+    "twice the same": (r"\boxed{42}, that is \boxed{42}", "42", "42", "42"),
+    "two writings of one value": (r"\boxed{\frac{1}{2}} = \boxed{0.5}", "0.5", r"\frac{1}{2}", "0.5"),
+    "contradiction": (r"\boxed{41} or rather \boxed{42}", None, "41", "42"),
+    "side by side": (r"\boxed{41}\boxed{42}", None, "41", "42"),
+    "an empty one beside it": (r"\boxed{} \boxed{42}", "42", None, "42"),
+    "a box in a box": (r"\boxed{\boxed{42}}", "42", "42", "42"),
+    "a framed one": (r"\fbox{42}", "42", "42", "42"),
+    "space before the brace": (r"\boxed {42}", "42", "42", "42"),
+    "braces inside": (
+        r"\boxed{\frac{\sqrt{2}}{2}}",
+        r"\frac{\sqrt{2}}{2}",
+        r"\frac{\sqrt{2}}{2}",
+        r"\frac{\sqrt{2}}{2}",
+    ),
+    "escaped braces inside": (r"\boxed{\{1, 2\}}", r"\{1, 2\}", r"\{1, 2\}", r"\{1, 2\}"),
+    "never closed": (r"\boxed{42", None, None, None),
+    "a whole one before one never closed": (r"\boxed{42} and \boxed{43", "42", "42", "42"),
+    "before the reasoning ends": (r"\boxed{41}</think> \boxed{42}", "42", "42", "42"),
+    "only in the reasoning": (r"<think>\boxed{42}</think> so it is", None, None, None),
+    "reasoning that never ends": (r"<think> so \boxed{42}", None, None, None),
+    "a second reasoning section": (r"<think>a</think>\boxed{42}<reasoning>\boxed{41}</reasoning>", "42", "42", "42"),
+    "the prompt opened the reasoning": (r"hm \boxed{41} </reasoning> \boxed{42}", "42", "42", "42"),
+}
 
-    def __init__(self) -> None:
-        self.extra: dict[str, list[Any]] = {}
-        self.metrics: dict[str, float] = {}
 
-    def __call__(self, reward: CorrectnessReward, completions: list[Any], gold: list[str]) -> list[float]:
-        return reward(
-            completions=completions,
-            gold=gold,
-            log_extra=self.extra.__setitem__,
-            log_metric=self.metrics.__setitem__,
-            prompts=["ignored"] * len(gold),
-            trainer_state=None,
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_answer_that_counts(name: str) -> None:
+    completion, *expected = CHOICES[name]
+    found = []
+    for choice in ("agreed", "first", "last"):
+        with Verifier(answer_choice=choice) as verifier:
+            found.append(verifier.grade([completion], ["no such thing"])[0].answer)
+    assert found == expected
+
+
+def test_answers_that_contradict_each_other_are_none_even_if_one_is_right() -> None:
+    with Verifier() as verifier:
+        graded = verifier.grade(
+            [r"\boxed{41} \boxed{42}", r"\boxed{42} \boxed{41}", r"\boxed{42} \boxed{x+1}"], ["42"] * 3
         )
+    assert graded == [Graded(None, Verdict.UNPARSED, each.seconds) for each in graded]
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-def test_the_reward_is_one_for_correct_and_zero_for_all_else(conversational: bool) -> None:
-    texts = [completion for completion, *_ in CASES.values()]
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-    log = Log()
-    rewards = log(CorrectnessReward(), completions, [gold for _, gold, *_ in CASES.values()])
-    assert rewards == [float(verdict is Verdict.CORRECT) for *_, verdict in CASES.values()]
-    assert log.extra == {
-        "answer": [answer for _, _, answer, _ in CASES.values()],
-        "verdict": [verdict.value for *_, verdict in CASES.values()],
-    }
-    verdicts = [verdict for *_, verdict in CASES.values()]
-    assert log.metrics == {f"verdict/{v.value}": verdicts.count(v) / len(verdicts) for v in Verdict}
-    assert set(log.metrics) == {"verdict/correct", "verdict/wrong", "verdict/unparsed", "verdict/timed_out"}
-    assert sum(log.metrics.values()) == pytest.approx(1)
-
-
-def test_the_reward_keeps_commas_where_it_is_told_to() -> None:
-    completions, gold = ["<answer>1,042</answer>"] * 2, ["1,042", "1042"]
-    assert Log()(CorrectnessReward(remove_commas=False), completions, gold) == [1.0, 0.0]
-    assert Log()(CorrectnessReward(remove_commas=True), completions, gold) == [0.0, 1.0]
-
-
-def test_a_reward_depends_on_nothing_but_its_own_completion_and_gold() -> None:
+def test_a_verdict_depends_on_nothing_but_its_own_completion_and_gold() -> None:
     rng = random.Random(0)
-    pairs = [(completion, gold) for completion, gold, *_ in CASES.values()] * 3
-    reward = CorrectnessReward()
-    alone = {pair: Log()(reward, [pair[0]], [pair[1]])[0] for pair in pairs}
-    for size in (2, 7, len(pairs)):
-        rng.shuffle(pairs)
-        batch = pairs[:size]
-        assert Log()(reward, [c for c, _ in batch], [g for _, g in batch]) == [alone[pair] for pair in batch]
+    pairs = [(completion, gold) for completion, gold, *_ in R1RL_CASES.values()] * 3
+    for settings in ({"answer_match": "exact"}, {"answer_match": "math"}):
+        with Verifier(answer_format="tagged", answer_choice="first", **settings) as verifier:
+            alone = {pair: verifier.grade([pair[0]], [pair[1]])[0].verdict for pair in pairs}
+            for size in (2, 7, len(pairs)):
+                rng.shuffle(pairs)
+                batch = pairs[:size]
+                graded = verifier.grade([completion for completion, _ in batch], [gold for _, gold in batch])
+                assert [each.verdict for each in graded] == [alone[pair] for pair in batch]
 
 
 def test_as_many_golds_as_completions() -> None:
     with pytest.raises(ValueError, match="zip"):
-        Log()(CorrectnessReward(), ["<answer>1</answer>"] * 2, ["1"])
+        Verifier().grade([r"\boxed{1}"] * 2, ["1"])
 
 
-def test_the_name_under_which_trl_logs_it() -> None:
-    assert CorrectnessReward().__name__ == "correctness"
+@pytest.mark.parametrize("key", ["answer_format", "answer_choice", "answer_match"])
+def test_a_setting_that_does_not_exist(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} 'other' is not one of"):
+        Verifier(**{key: "other"})  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from r1zero import tiny
 from r1zero.run_folder import RunFolder
 from r1zero.tasks import arithmetic
-from r1zero.tasks.prompts import r1rl
+from r1zero.tasks.prompts import TEMPLATES
 from r1zero.training import main
 from tests.conftest import PROJECT
 
@@ -38,6 +38,8 @@ SMALL = {
     "save_strategy": "no",
     "seed": 1,
 }
+# A chat template that renders a conversation as the model has learnt to read it.
+CHAT = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<reasoning>{% endif %}"
 # Two of the machine's cores are shared with other work: waiting threads sleep instead of spinning.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -46,20 +48,20 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALL
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shape and the tokenizer of the embedded model; it answers 7 or 8, whatever it is asked."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer, rng = tiny.make_tokenizer(), random.Random(0)
+    tokenizer, rng, build = tiny.make_tokenizer(), random.Random(0), TEMPLATES["r1rl"].build
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = tiny.make_model(tiny.Pretraining(hidden_size=64), tokenizer)
         optimizer = torch.optim.AdamW(made.parameters(), lr=5e-3)
         for _ in range(60):
             texts = [
-                f"{r1rl(arithmetic.question(rng.randrange(10, 100), rng.randrange(10, 100)))}"
+                f"{build(arithmetic.question(rng.randrange(10, 100), rng.randrange(10, 100)))}"
                 f"\n</reasoning>\n<answer>\n{rng.choice((7, 8))}\n</answer>{tiny.EOS}"
                 for _ in range(16)
             ]
             ids = tokenizer(texts, return_tensors="pt")["input_ids"]
             labels = ids.clone()
-            labels[:, : len(tokenizer(r1rl(arithmetic.question(10, 10)))["input_ids"])] = tiny.IGNORED
+            labels[:, : len(tokenizer(build(arithmetic.question(10, 10)))["input_ids"])] = tiny.IGNORED
             made(input_ids=ids, labels=labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -21,13 +21,18 @@ from r1zero import recipe as recipes
 from r1zero.evaluation.scores import mean_score
 from r1zero.run_folder import RunFolder, read_json
 from r1zero.tasks import load_problems
-from r1zero.tasks.prompts import r1rl
-from r1zero.tasks.verifier import Verdict, grade
+from r1zero.tasks.prompts import TEMPLATES
+from r1zero.tasks.verifier import Graded, Verdict, Verifier
 from r1zero.training.recorder import ROLLOUT_SCHEMA
 from tests.conftest import PROJECT
 from tests.training.conftest import rows, start, without_times, write_recipe
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def grade(completion: str, gold: str) -> Graded:
+    with Verifier(answer_format="tagged", numbers=True) as verifier:
+        return verifier.grade([completion], [gold])[0]
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,12 @@ def test_by_hand_it_ends_well_and_says_each_thing_once(by_hand: Run) -> None:
     assert by_hand.done.returncode == 0, by_hand.done.stderr
     said = [line.split("  ")[0] for line in by_hand.done.stdout.splitlines()]
     said = [line.split(":")[0] if line.startswith("held-out") else line for line in said]
-    assert said == [
+    looked = said.index("run folder: run")  # what is looked at before anything is loaded
+    assert "golds: all 40 train golds can be read, and equal themselves" in said[:looked]
+    assert said[looked:] == [
         "run folder: run",
         "loading model and data",
+        "decontamination: none of 40 training problems shares 13 words in a row with one of 10 measured questions",
         "40 problems to train on, 6 to measure on",
         *("measuring before training", "held-out accuracy at step 0", "training", "step 1/3"),
         *("measuring at step 2", "held-out accuracy at step 2", "step 2/3", "step 3/3"),
@@ -135,7 +143,9 @@ def test_a_line_of_metrics_for_each_step_with_where_its_time_went(by_hand: Run) 
 
 def test_every_rollout_is_written_and_graded_as_it_says(by_hand: Run, data: Path) -> None:
     problems = {
-        split: {r1rl(problem.question): problem for problem in load_problems("gsm8k", split, str(data))}
+        split: {
+            TEMPLATES["r1rl"].build(problem.question): problem for problem in load_problems("gsm8k", split, str(data))
+        }
         for split in ("train", "test")
     }
     seen = Counter[str]()
@@ -148,6 +158,7 @@ def test_every_rollout_is_written_and_graded_as_it_says(by_hand: Run, data: Path
         for row in table:
             problem = problems[split][row["prompt"]]
             graded = grade(row["completion"], problem.gold)
+            assert row["rewards"] == ([("correctness", row["reward"])] if split == "train" else None)
             assert (row["answer"], row["verdict"]) == (graded.answer, graded.verdict.value)
             assert row["reward"] == float(graded.verdict is Verdict.CORRECT)
             assert (row["gold"], row["source"]) == (problem.gold, f"gsm8k/{split}")

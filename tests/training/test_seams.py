@@ -3,6 +3,7 @@
 import inspect
 
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 
@@ -22,12 +23,22 @@ def test_the_methods_of_the_trainer_that_are_wrapped_or_called() -> None:
 def test_the_methods_of_vllm_generation_that_are_wrapped_or_called() -> None:
     assert parameters(VLLMGeneration.generate) == ["self", "prompts", "images", "num_generations", "profiler"]
     assert parameters(VLLMGeneration.sync_weights) == ["self"]
-    assert {"temperature", "logprobs"} <= set(parameters(VLLMGeneration.__init__))
+    assert {"temperature", "logprobs", "generation_kwargs"} <= set(parameters(VLLMGeneration.__init__))
+
+
+def test_sampling_parameters_of_ours_reach_a_server_and_an_engine_alike() -> None:
+    assert "sampling_params.update(generation_kwargs" in inspect.getsource(VLLMClient.generate)
+    engine = inspect.getsource(VLLMGeneration.generate)
+    assert "generation_kwargs.update(self.generation_kwargs)" in engine
+    assert '"generation_kwargs": self.generation_kwargs' in engine
 
 
 def test_the_attributes_of_the_trainer_that_are_read() -> None:
     source = inspect.getsource(GRPOTrainer)
-    for name in ("_last_loaded_step", "_pending_extra_logs", "eos_token_ids", "reward_weights", "generation_config"):
+    names = ("_last_loaded_step", "eos_token_ids", "reward_weights", "generation_config", "reward_func_names")
+    for name in (*names, "_metrics", "chat_template_kwargs"):
         assert f"self.{name} =" in source or f"self.{name}:" in source, name
+    for name in ("clipped_ratio", "mean_terminated_length", "min_terminated_length", "max_terminated_length"):
+        assert f'self._metrics[mode]["completions/{name}"].append(' in source, name
     assert "self._tokenizer" in source
     assert "self.vllm_generation = VLLMGeneration(" in source

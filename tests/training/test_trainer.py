@@ -13,19 +13,22 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from r1zero import model_facts, tiny
 from r1zero import recipe as recipes
 from r1zero.run_folder import RunFolder, read_json
 from r1zero.tasks.problem import DatasetError, Problem
 from r1zero.tasks.prompts import TEMPLATES
-from r1zero.tasks.rewards import CorrectnessReward
-from r1zero.tasks.verifier import Verdict, grade
+from r1zero.tasks.verifier import Verdict, Verifier
 from r1zero.training import arguments, held_out
 from r1zero.training import data as training_data
 from r1zero.training.recorder import Recorder
 from r1zero.training.trainer import Clock, PolicyTrainer
-from tests.training.conftest import one_process, rows, write_recipe
+from tests.training.conftest import CHAT, one_process, rows, write_recipe
 
-CHAT = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<reasoning>{% endif %}"
+
+def verdict(completion: str, gold: str, answer_format: str = "tagged") -> Verdict:
+    with Verifier(answer_format=answer_format, numbers=answer_format == "tagged") as verifier:
+        return verifier.grade([completion], [gold])[0].verdict
 
 
 # --- what is refused, with exit code 2
@@ -54,7 +57,7 @@ def test_a_wrong_key_is_refused_here_as_well(train, model: Path, data: Path, tmp
 @pytest.mark.parametrize(
     ("rows_of_train", "words", "message"),
     [
-        (['{"question": "?", "answer": "7"}'], [], "train row 1: no gold after ####"),
+        (['{"question": "?", "answer": "7"}'], [], "line 1: no gold after ####"),
         (None, ["--max_prompt_tokens", 5], "max_prompt_tokens = 5: every one of 40 prompts is longer; raise it"),
     ],
     ids=["no gold", "all too long"],
@@ -87,8 +90,8 @@ def test_chat_messages_go_through_the_tokenizers_template(train, model: Path, da
         assert len(table) == count
         for row in table:
             system, user = json.loads(row["prompt"])
-            assert TEMPLATES["r1rl_chat"](user["content"]) == [system, user]
-            assert row["verdict"] == grade(row["completion"], row["gold"]).verdict.value
+            assert TEMPLATES["r1rl_chat"].build(user["content"]) == [system, user]
+            assert row["verdict"] == verdict(row["completion"], row["gold"])
         assert any(row["verdict"] in ("correct", "wrong") for row in table)
 
 
@@ -148,14 +151,15 @@ def test_wandb_has_the_steps_of_the_run_in_one_run_of_the_folders_name(
 def trainer(model: Path, data: Path, tmp_path: Path) -> Any:
     recipe = recipes.load(write_recipe(tmp_path / "r.yaml", model, data))
     folder = RunFolder(tmp_path / "run").create()
-    with one_process():
+    with one_process(), Verifier(answer_format="tagged", numbers=True) as verifier:
         yield PolicyTrainer(
             model=str(model),
-            reward_funcs=[CorrectnessReward()],
+            reward_funcs=recipe.reward_functions(),
             args=arguments.config_for(recipe, folder),
             train_dataset=Dataset.from_list([{"prompt": "?", "gold": "7", "source": "s"}] * 16),
             processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
             recorder=Recorder(folder, active=True),
+            verifier=verifier,
         )
 
 
@@ -198,7 +202,7 @@ def recipe(model: Path, data: Path, tmp_path: Path) -> Any:
 def test_prompts_that_are_too_long_are_left_out(recipe, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems = [Problem("1" * length, "1", "s") for length in (1, 20, 21, 90)]
-    longest = len(tokenizer(TEMPLATES["r1rl"]("1" * 20))["input_ids"])
+    longest = len(tokenizer(TEMPLATES["r1rl"].build("1" * 20))["input_ids"])
     kept = training_data.within_limit(problems, recipe("--max_prompt_tokens", longest), tokenizer)
     assert [len(problem.question) for problem in kept] == [1, 20]
     assert training_data.within_limit(problems, recipe(), tokenizer) == problems
@@ -206,15 +210,19 @@ def test_prompts_that_are_too_long_are_left_out(recipe, model: Path) -> None:
 
 def test_the_rows_of_the_cold_start_answer_in_the_form_that_is_graded(recipe) -> None:
     problems = [Problem("12 + 30?", "42", "s", "It is 42.")]
-    for template in TEMPLATES:
-        row = training_data.for_sft(problems, recipe("--prompt_template", template))[0]
-        chat = template == "r1rl_chat"
+    for name, template in TEMPLATES.items():
+        chosen = recipe("--prompt_template", name)
+        row = training_data.for_sft(problems, chosen)[0]
+        chat = not isinstance(row["prompt"], str)
         text = row["completion"][0]["content"] if chat else row["completion"]
-        assert grade(text, "42").verdict is Verdict.CORRECT
-        assert row["prompt"] == TEMPLATES[template]("12 + 30?")
-        opened = "" if chat else row["prompt"].rpartition("Question: ")[2]  # the instruction shows the tags as well
-        assert [(opened + text).count(tag) for tag in ("<reasoning>", "</reasoning>")] == [1, 1]
-        assert text.endswith("It is 42.\n</reasoning>\n<answer>\n42\n</answer>")
+        assert verdict(text, "42", chosen.answer_format) == Verdict.CORRECT
+        # Prompt and completion together read as the prompt of GRPO and its completion do.
+        prompt = template.build("12 + 30?")
+        if name == "r1rl_chat_prefix":
+            assert row["prompt"] == prompt[:-1] and text.startswith("<reasoning>\n")
+        else:
+            assert row["prompt"] == prompt
+        assert "It is 42." in text
 
 
 def test_without_a_worked_solution_there_is_no_cold_start(recipe) -> None:
@@ -235,11 +243,11 @@ def test_the_run_decides_where_things_go_and_the_recipe_the_rest(recipe, tmp_pat
     assert expected.items() <= config.model_init_kwargs.items()
 
 
-def test_a_model_is_found_by_folder_or_left_to_the_hub(recipe, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert arguments.model_path(recipe()) == str(model)
-    assert arguments.model_path(recipe("--model_name_or_path", "org/model")) == "org/model"
-    monkeypatch.setattr(arguments.tiny, "ensure", lambda: Path("/made"))
-    assert arguments.model_path(recipe("--model_name_or_path", recipes.TINY_MODEL)) == "/made"
+def test_a_model_is_found_by_folder_or_left_to_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_facts.path_of(str(model)) == str(model)
+    assert model_facts.path_of("org/model") == "org/model"
+    monkeypatch.setattr(tiny, "ensure", lambda: Path("/made"))
+    assert model_facts.path_of(recipes.TINY_MODEL) == "/made"
 
 
 # --- clock and recorder

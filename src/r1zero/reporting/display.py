@@ -59,6 +59,8 @@ class Display:
                 self.say(metrics["phase"])
             elif metrics["kind"] == "evaluation":
                 self.say(progress.evaluation_line(metrics))
+            elif metrics["kind"] == "alert":
+                self.say(progress.alert_line(metrics))
             elif self._live:
                 self._line = progress.step_line(metrics)
             else:

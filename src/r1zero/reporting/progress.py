@@ -47,6 +47,11 @@ def phase_line(status: Mapping[str, Any]) -> str:
     return line
 
 
+def alert_line(metrics: Mapping[str, Any]) -> str:
+    """The line of something that a person should look at."""
+    return f"ALERT at step {metrics['step']}: {metrics['message']}"
+
+
 def evaluation_line(metrics: Mapping[str, Any]) -> str:
     """The line of one measurement on held-out problems."""
     return (

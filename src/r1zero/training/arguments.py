@@ -2,14 +2,12 @@
 
 import os
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
-from r1zero import tiny
-from r1zero.recipe import TINY_MODEL, Recipe
+from r1zero.recipe import Recipe
 from r1zero.reporting import trackers
 from r1zero.run_folder import RunFolder
 
@@ -45,13 +43,6 @@ def model_config(recipe: Recipe) -> ModelConfig:
     """The recipe's keys for adapter and quantization."""
     names = {item.name for item in fields(ModelConfig)}
     return ModelConfig(**{key: value for key, value in recipe.library.items() if key in names})
-
-
-def model_path(recipe: Recipe) -> str:
-    """What transformers can load: the embedded model is made first where it is not there yet."""
-    if recipe.model == TINY_MODEL:
-        return str(tiny.ensure())
-    return str(Path(recipe.model).expanduser()) if Path(recipe.model).expanduser().is_dir() else recipe.model
 
 
 def _model_init(recipe: Recipe) -> dict[str, Any]:

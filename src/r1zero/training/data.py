@@ -5,13 +5,8 @@ from typing import Any
 from datasets import Dataset
 
 from r1zero.recipe import Recipe
-from r1zero.tasks import load_problems
 from r1zero.tasks.problem import DatasetError, Problem
-from r1zero.tasks.prompts import TEMPLATES, r1rl_completion
-
-
-def problems_of(recipe: Recipe, split: str) -> list[Problem]:
-    return load_problems(recipe.own.task, split, recipe["dataset_name"], recipe.own.remove_commas)
+from r1zero.tasks.prompts import chat_arguments
 
 
 def within_limit(problems: list[Problem], recipe: Recipe, tokenizer: Any) -> list[Problem]:
@@ -19,17 +14,24 @@ def within_limit(problems: list[Problem], recipe: Recipe, tokenizer: Any) -> lis
     limit = recipe.own.max_prompt_tokens
     if limit is None:
         return problems
-    template = TEMPLATES[recipe.own.prompt_template]
-    kept = [each for each in problems if _tokens(template(each.question), tokenizer) <= limit]
+    kept = [each for each in problems if len(prompt_ids(each, recipe, tokenizer)) <= limit]
     if not kept:
         raise DatasetError(f"max_prompt_tokens = {limit}: every one of {len(problems)} prompts is longer; raise it")
     return kept
 
 
 def for_grpo(problems: list[Problem], recipe: Recipe) -> Dataset:
-    """Columns: prompt (text or chat messages), gold, source."""
-    template = TEMPLATES[recipe.own.prompt_template]
-    rows = [{"prompt": template(each.question), "gold": each.gold, "source": each.source} for each in problems]
+    """Columns: prompt (text or chat messages), question, gold, source."""
+    template = recipe.template
+    rows = [
+        {
+            "prompt": template.build(each.question),
+            "question": each.question,
+            "gold": each.gold,
+            "source": each.source,
+        }
+        for each in problems
+    ]
     return Dataset.from_list(rows)
 
 
@@ -38,25 +40,29 @@ def for_sft(problems: list[Problem], recipe: Recipe) -> Dataset:
 
     The completion answers in the form that the template asks for and GRPO later grades.
     """
-    template = TEMPLATES[recipe.own.prompt_template]
+    template = recipe.template
     rows: list[dict[str, Any]] = []
     for each in problems:
         if not each.solution:
             raise DatasetError(f"{each.source}: {each.question!r} has no worked solution to learn from")
-        prompt = template(each.question)
-        inside = r1rl_completion(each.solution, each.gold)
-        if not isinstance(prompt, str):
-            rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": f"<reasoning>{inside}"}]})
-        elif prompt.endswith("<reasoning>"):
-            rows.append({"prompt": prompt, "completion": inside})
-        else:
-            rows.append({"prompt": prompt, "completion": f"\n<reasoning>{inside}"})
+        prompt = template.build(each.question)
+        completion = template.completion(each.solution, each.gold, recipe.answer_format)
+        if isinstance(prompt, str):
+            rows.append({"prompt": prompt, "completion": completion})
+            continue
+        # A chat template knows whole messages only: what the prompt begins of the assistant's is learnt with the rest.
+        begun = prompt.pop()["content"] if prompt[-1]["role"] == "assistant" else ""
+        rows.append({"prompt": prompt, "completion": [{"role": "assistant", "content": begun + completion}]})
     return Dataset.from_list(rows)
 
 
-def _tokens(prompt: Any, tokenizer: Any) -> int:
+def prompt_ids(problem: Problem, recipe: Recipe, tokenizer: Any) -> list[int]:
+    """The tokens of the problem's prompt, through the chat template where it is a conversation."""
+    prompt = recipe.template.build(problem.question)
     if isinstance(prompt, str):
-        return len(tokenizer(prompt)["input_ids"])
-    return len(
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        return list(tokenizer(prompt)["input_ids"])
+    settings = recipe.library.get("chat_template_kwargs") or {}
+    rendered = tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, **chat_arguments(prompt), **settings
     )
+    return list(rendered["input_ids"])

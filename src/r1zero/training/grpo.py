@@ -8,36 +8,43 @@ from typing import Any
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import get_peft_config, get_quantization_config
 
+from r1zero import model_facts
 from r1zero.recipe import Recipe
 from r1zero.tasks.problem import Problem
-from r1zero.tasks.rewards import CorrectnessReward
+from r1zero.tasks.selection import Selection
 from r1zero.training import arguments, data, held_out
 from r1zero.training.session import finish, session, without_printer
 from r1zero.training.trainer import PolicyTrainer
 
 
-def train(recipe: Recipe, folder: Path | None, project: Path) -> None:
+def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path) -> None:
     """Measure, train, measure, save."""
     began = time.monotonic()
-    with session(recipe, folder, project) as recorder:
-        model = arguments.model_path(recipe)
+    reward_functions = recipe.reward_functions()
+    with session(recipe, folder, project) as recorder, recipe.verifier() as verifier:
+        model = model_facts.path_of(recipe.model)
         config = arguments.config_for(recipe, recorder.folder)
         model_config = arguments.model_config(recipe)
         tokenizer = AutoTokenizer.from_pretrained(
             model, revision=recipe["model_revision"], padding_side="left", trust_remote_code=recipe["trust_remote_code"]
         )
-        problems = data.within_limit(data.problems_of(recipe, "train"), recipe, tokenizer)
-        test = _held_out(recipe, tokenizer)
+        for note in chosen.notes:
+            recorder.say(note)
+        problems = data.within_limit(chosen.train, recipe, tokenizer)
+        test = _held_out(chosen.test, recipe, tokenizer)
         recorder.say(f"{len(problems)} problems to train on, {len(test)} to measure on")
         trainer = PolicyTrainer(
             model=model,
-            reward_funcs=[CorrectnessReward(recipe.own.remove_commas)],
+            reward_funcs=reward_functions,
             args=config,
             train_dataset=data.for_grpo(problems, recipe),
             processing_class=tokenizer,
             peft_config=get_peft_config(model_config),
             quantization_config=get_quantization_config(model_config),
             recorder=recorder,
+            verifier=verifier,
+            stop_strings=recipe.own.stop_strings or (),
+            alerts={"unparsed": recipe.own.alert_unparsed, "timed_out": recipe.own.alert_timed_out},
         )
         without_printer(trainer)
         scores: dict[str, Any] = {}
@@ -51,12 +58,9 @@ def train(recipe: Recipe, folder: Path | None, project: Path) -> None:
         finish(recorder, trainer, began, {"held_out": scores})
 
 
-def _held_out(recipe: Recipe, tokenizer: Any) -> list[Problem]:
-    if recipe.own.eval_count == 0:
-        return []
-    return held_out.subset(
-        data.within_limit(data.problems_of(recipe, "test"), recipe, tokenizer), recipe.own.eval_count
-    )
+def _held_out(problems: list[Problem], recipe: Recipe, tokenizer: Any) -> list[Problem]:
+    """Those of the test problems that are measured; none where the recipe measures nothing."""
+    return held_out.subset(data.within_limit(problems, recipe, tokenizer), recipe.own.eval_count) if problems else []
 
 
 class _MeasureOnTheWay(TrainerCallback):  # type: ignore[misc]

@@ -15,10 +15,10 @@ from accelerate.utils import gather_object
 
 from r1zero.evaluation.scores import Score, mean_score
 from r1zero.recipe import OwnKeys
+from r1zero.tasks import prompts as templates
 from r1zero.tasks.problem import Problem
-from r1zero.tasks.prompts import TEMPLATES
-from r1zero.tasks.verifier import Verdict, grade
-from r1zero.training.recorder import clipped, prompt_text
+from r1zero.tasks.verifier import Verdict
+from r1zero.training.recorder import prompt_text
 from r1zero.training.trainer import PolicyTrainer
 
 SEED = 20261121  # of every measurement, so that two of them draw alike
@@ -36,7 +36,8 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
     began = time.monotonic()
     accelerator, step = trainer.accelerator, trainer.state.global_step
     samples = keys.eval_samples
-    prompts = [TEMPLATES[keys.prompt_template](problem.question) for problem in problems]
+    template = templates.template(keys.prompt_template)
+    prompts = [template.build(problem.question) for problem in problems]
     # Every process takes the same number of problems; the last ones are repeated where it does not come out even.
     share = -(-len(problems) // accelerator.num_processes)
     first = accelerator.process_index * share
@@ -49,10 +50,13 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
         torch.manual_seed(SEED + accelerator.process_index)
         for at in range(0, share, per_round):
             indices = [index for index in own[at : at + per_round] for _ in range(samples)]
-            for index, (text, ids) in zip(
-                indices, _complete(trainer, [prompts[i] for i in indices], samples), strict=True
-            ):
-                graded = grade(text, problems[index].gold, keys.remove_commas)
+            completed = _complete(trainer, [prompts[i] for i in indices], samples)
+            grades = trainer.verifier.grade(
+                [text for text, _ in completed],
+                [problems[i].gold for i in indices],
+                [problems[i].question for i in indices],
+            )
+            for index, (text, ids), graded in zip(indices, completed, grades, strict=True):
                 row = {
                     "step": step,
                     "prompt": prompt_text(prompts[index]),
@@ -62,7 +66,7 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
                     "verdict": graded.verdict.value,
                     "reward": float(graded.verdict is Verdict.CORRECT),
                     "length": len(ids),
-                    "clipped": clipped(ids, trainer.eos_token_ids),
+                    "clipped": trainer.clipped(ids),
                     "policy_version": trainer.policy_version,
                     "source": problems[index].source,
                 }
@@ -128,6 +132,7 @@ def _complete(trainer: PolicyTrainer, prompts: list[Any], samples: int) -> list[
             trainer.vllm_generation.sync_weights()
             trainer._last_loaded_step = trainer.state.global_step
         _, ids, _, _ = trainer.vllm_generation.generate(prompts=prompt_ids, images=None, num_generations=samples)
+        ids, _ = trainer.stop.cut(ids, None)
     else:
         ids, _ = trainer._generate_single_turn(prompt_ids, None, fields, samples)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)

@@ -1,13 +1,18 @@
 """The door of one trainer process: arguments, then `grpo.train` or `sft.train`. Torch comes once they are right."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from r1zero import recipe as recipes
+from r1zero.preflight import golds, prompts
+from r1zero.preflight.findings import has_fault
 from r1zero.recipe import Recipe, RecipeError
+from r1zero.tasks import selection
 from r1zero.tasks.problem import DatasetError
+from r1zero.tasks.selection import Selection
 
 
 def main(method: str, project: Path) -> int:
@@ -34,14 +39,31 @@ def main(method: str, project: Path) -> int:
                 "start `vllm serve` and pass --vllm_server_base_url, or use launch/run.py, whose --dry-run shows both"
             )
             raise recipe.fault("vllm_mode", why, remedy)
-        _train(method)(recipe, known.run_folder, project)
+        chosen = selection.of(recipe)
+        # The launcher has looked already. By hand, the first of several processes looks for all.
+        if (
+            known.run_folder is None
+            and method == "grpo"
+            and os.environ.get("RANK", "0") == "0"
+            and not _can_start(recipe, chosen)
+        ):
+            return 2
+        _train(method)(recipe, chosen, known.run_folder, project)
     except (RecipeError, DatasetError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
 
 
-def _train(method: str) -> Callable[[Recipe, Path | None, Path], None]:
+def _can_start(recipe: Recipe, chosen: Selection) -> bool:
+    findings = golds.required(chosen, recipe)
+    findings += prompts.look(recipe, chosen.train)
+    for finding in findings:
+        sys.stdout.write(finding.line() + "\n")
+    return not has_fault(findings)
+
+
+def _train(method: str) -> Callable[[Recipe, Selection, Path | None, Path], None]:
     if method == "sft":
         from r1zero.training.sft import train as train_sft
 

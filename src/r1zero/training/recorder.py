@@ -23,6 +23,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("answer", pa.string()),
         ("verdict", pa.string()),
         ("reward", pa.float64()),
+        ("rewards", pa.map_(pa.string(), pa.float64())),  # by reward function, unweighted; null where it gave none
         ("length", pa.int64()),
         ("clipped", pa.bool_()),
         ("policy_version", pa.int64()),
@@ -100,6 +101,14 @@ class Recorder:
         line = {"kind": "evaluation", "time": time.time(), **metrics}
         append_json_line(self.folder.metrics, line)
         self.say(progress.evaluation_line(line))
+
+    def alert(self, step: int, message: str) -> None:
+        """Something that a person should look at: a line of metrics.jsonl, a line of the log."""
+        if not self.active:
+            return
+        line = {"kind": "alert", "time": time.time(), "step": step, "message": message}
+        append_json_line(self.folder.metrics, line)
+        self.say(progress.alert_line(line))
 
     def add_rollouts(self, rows: list[dict[str, Any]]) -> None:
         self._rollouts.extend(rows)

@@ -17,6 +17,8 @@ from r1zero.reporting import trackers
 from r1zero.run_folder import RunFolder, write_json, write_yaml
 from r1zero.training.recorder import Recorder
 
+SETTLE_S = 0.2
+
 
 @contextmanager
 def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Recorder]:
@@ -42,6 +44,9 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
     try:
         yield recorder
     finally:
+        # Gloo's thread needs the GIL to drop its last collective; whoever then frees the process group holds the GIL
+        # and waits for that thread, for ever (torch 2.13, ~ProcessGroupGloo under ~Reducer). So it is let finish first.
+        time.sleep(SETTLE_S)
         state.destroy_process_group()
 
 

@@ -6,23 +6,27 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
+from r1zero import model_facts
 from r1zero.recipe import Recipe
+from r1zero.tasks.selection import Selection
 from r1zero.training import arguments, data
 from r1zero.training.session import finish, session, without_printer
 from r1zero.training.trainer import Clock, StepRecorder
 
 
-def train(recipe: Recipe, folder: Path | None, project: Path) -> None:
+def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path) -> None:
     """Train on the solutions of the training split, save."""
     began = time.monotonic()
     with session(recipe, folder, project) as recorder:
-        model = arguments.model_path(recipe)
+        model = model_facts.path_of(recipe.model)
         config = arguments.config_for(recipe, recorder.folder)
         model_config = arguments.model_config(recipe)
         tokenizer = AutoTokenizer.from_pretrained(
             model, revision=recipe["model_revision"], trust_remote_code=recipe["trust_remote_code"]
         )
-        problems = data.within_limit(data.problems_of(recipe, "train"), recipe, tokenizer)
+        for note in chosen.notes:
+            recorder.say(note)
+        problems = data.within_limit(chosen.train, recipe, tokenizer)
         recorder.say(f"{len(problems)} worked solutions to learn from")
         trainer = SFTTrainer(
             model=model,

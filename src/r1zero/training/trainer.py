@@ -1,12 +1,13 @@
-"""GRPOTrainer with a clock and a notebook: the algorithm is TRL's, untouched.
+"""GRPOTrainer with a clock, a notebook and a verifier: the algorithm is TRL's, untouched.
 
-Written against TRL 1.16.0. Two of its methods are wrapped, `_generate_single_turn` and `_calculate_rewards`; a test
-fails when their signatures move.
+Written against TRL 1.16.0. Three of its methods are wrapped, `_tokenize_prompts`, `_generate_single_turn` and
+`_calculate_rewards`; a test fails when their signatures move.
 """
 
+import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +16,39 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
+from r1zero.tasks.prompts import chat_arguments
+from r1zero.tasks.rewards import text_of
+from r1zero.tasks.verifier import Verdict, Verifier
+from r1zero.training.alarm import Alarm
 from r1zero.training.recorder import Recorder, clipped, prompt_text
+from r1zero.training.stop_strings import StopStrings
 
 
 class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
-    """TRL's trainer, which also writes down every rollout and where the time of a step went."""
+    """TRL's trainer, which also grades each batch once and writes down every rollout and where a step's time went.
 
-    def __init__(self, *args: Any, recorder: Recorder, **kwargs: Any) -> None:
+    Args:
+        recorder: where rollouts, metrics and alerts go.
+        verifier: grades every completion, before any reward function sees it.
+        stop_strings: a completion ends with the first of them.
+        alerts: by verdict, the share of completions above which to say so.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        recorder: Recorder,
+        verifier: Verifier,
+        stop_strings: Sequence[str] = (),
+        alerts: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.recorder = recorder
+        self.verifier = verifier
+        self.stop = StopStrings(stop_strings, self.processing_class)
+        self.alarms = [Alarm(verdict, share) for verdict, share in (alerts or {}).items()]
+        self.several_sources = len(self.train_dataset.unique("source")) > 1
         self.clock = Clock()
         self.add_callback(StepRecorder(recorder, self.clock))
         if self.use_vllm:
@@ -34,20 +59,45 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
                     publish()
 
             self.vllm_generation.sync_weights = timed_publish
+            if self.stop:
+                self.vllm_generation.generation_kwargs.update(self.stop.for_vllm())
 
     @property
     def policy_version(self) -> int:
         """The optimizer step whose weights make the completions."""
         return int(self._last_loaded_step if self.use_vllm else self.state.global_step)
 
+    def clipped(self, completion_ids: Sequence[int]) -> bool:
+        """Whether a completion was cut off, ended neither by its end token nor by a stop string."""
+        return clipped(completion_ids, self.eos_token_ids) and not self.stop.ended(completion_ids)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """TRL opens a new turn after every conversation; one that ends in the assistant's turn goes on inside it."""
+        if isinstance(prompts[0], str) or not chat_arguments(prompts[0])["continue_final_message"]:
+            return super()._tokenize_prompts(prompts)
+        tokenized = self.processing_class.apply_chat_template(
+            prompts, tokenize=True, return_dict=True, **chat_arguments(prompts[0]), **self.chat_template_kwargs
+        )
+        return tokenized["input_ids"], None, {}
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.phase("generate"):
-            return super()._generate_single_turn(*args, **kwargs)
+            return self.stop.cut(*super()._generate_single_turn(*args, **kwargs))
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
         with self.clock.phase("grade"):
+            graded = self.verifier.grade(
+                [text_of(each) for each in completions],
+                [each["gold"] for each in inputs],
+                [each["question"] for each in inputs],
+            )
+            # Every reward function gets the columns of its examples: answer and verdict are two of them from here on.
+            inputs = [
+                {**example, "answer": each.answer, "verdict": each.verdict.value}
+                for example, each in zip(inputs, graded, strict=True)
+            ]
             rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         with self.clock.phase("record"):
             self._record(inputs, prompts, completions, completion_ids_list, rewards)
@@ -63,21 +113,23 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         """Gather this generation's rollouts on the main process. `rewards`, (completions, functions), is already."""
         first = self.accelerator.process_index * len(prompts)
-        weights = self.reward_weights.to(rewards.device)
-        own = (rewards[first : first + len(prompts)] * weights).nansum(dim=1).tolist()
-        # What the reward functions wrote beside each completion through TRL's log_extra, before TRL clears it.
-        extra = self._pending_extra_logs
+        own = rewards[first : first + len(prompts)]
+        weighted = (own * self.reward_weights.to(rewards.device)).nansum(dim=1).tolist()
         rows = [
             {
                 "step": self.state.global_step + 1,
                 "prompt": prompt_text(prompts[i]),
-                "completion": completions[i] if isinstance(completions[i], str) else completions[i][-1]["content"],
+                "completion": text_of(completions[i]),
                 "gold": inputs[i]["gold"],
-                "answer": extra["answer"][i],
-                "verdict": extra["verdict"][i],
-                "reward": own[i],
+                "answer": inputs[i]["answer"],
+                "verdict": inputs[i]["verdict"],
+                "reward": weighted[i],
+                "rewards": [
+                    (name, None if math.isnan(value) else value)
+                    for name, value in zip(self.reward_func_names, own[i].tolist(), strict=True)
+                ],
                 "length": len(completion_ids[i]),
-                "clipped": clipped(completion_ids[i], self.eos_token_ids),
+                "clipped": self.clipped(completion_ids[i]),
                 "policy_version": self.policy_version,
                 "source": inputs[i]["source"],
             }
@@ -86,6 +138,31 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         gathered = gather_object(rows)
         if self.recorder.active:
             self.recorder.add_rollouts(gathered)
+            self._measure(gathered)
+
+    def _measure(self, rows: list[dict[str, Any]]) -> None:
+        """The metrics of one generation that TRL does not know, from the rollouts of all processes."""
+        metrics = self._metrics["train"]
+        for verdict in Verdict:
+            metrics[f"verdict/{verdict.value}"].append(_mean([row["verdict"] == verdict.value for row in rows]))
+        for source in sorted({row["source"] for row in rows}) if self.several_sources else ():
+            of_source = [row for row in rows if row["source"] == source]
+            metrics[f"source/{source}/reward"].append(_mean([row["reward"] for row in of_source]))
+            metrics[f"source/{source}/correct"].append(_mean([row["verdict"] == "correct" for row in of_source]))
+        if self.stop:
+            # TRL counts what has no end token as cut off.
+            metrics["completions/clipped_ratio"][-1] = _mean([row["clipped"] for row in rows])
+            lengths = [row["length"] for row in rows if not row["clipped"]] or [0]
+            for name, value in (("mean", _mean(lengths)), ("min", min(lengths)), ("max", max(lengths))):
+                metrics[f"completions/{name}_terminated_length"][-1] = float(value)
+        for alarm in self.alarms:
+            share = alarm.add(metrics[f"verdict/{alarm.verdict}"][-1])
+            if share is not None:
+                self.recorder.alert(self.state.global_step + 1, alarm.message(share))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 class Clock:
