@@ -163,7 +163,7 @@ def test_each_completion_has_a_verdict_that_no_company_changes(
                 assert (one.answer, one.verdict) == (other.answer, other.verdict), batch[n]
 
 
-@short_and_soak(75, 1_000)
+@short_and_soak(15, 1_000)  # each starts a pool for its golds
 @given(st.lists(st.one_of(expressions, damaged()), min_size=BATCH, max_size=BATCH))
 def test_a_gold_that_passes_its_check_is_answered_by_itself(
     verifiers: dict[str, tuple[Verifier, Verifier]], golds: list[str]

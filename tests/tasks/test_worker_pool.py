@@ -22,7 +22,7 @@ from tests.conftest import PROJECT
 
 CALL = "tests.stand_ins.pool_functions:call"
 MIB = 1 << 20
-CPU_S, WALL_S = 0.5, 2.0
+CPU_S, WALL_S = 1.0, 2.0
 
 # A trainer with a pool, as a process of its own. It says when it is ready to be done something to.
 PARENT = """
@@ -111,9 +111,9 @@ def all_end(processes: list[psutil.Process], seconds: float) -> None:
         (["chatter"], "returned", "done"),
         (["late_import"], "returned", 0.5),
         (["can_do"], "returned", ["3/4", 1024, True, "can_do"]),
-        (["endless_loop"], "time", "over cpu_seconds = 0.5"),
-        (["endless_power"], "time", "over cpu_seconds = 0.5"),
-        (["endless_match"], "time", "over cpu_seconds = 0.5"),
+        (["endless_loop"], "time", "over cpu_seconds = 1"),
+        (["endless_power"], "time", "over cpu_seconds = 1"),
+        (["endless_match"], "time", "over cpu_seconds = 1"),
         (["endless_sleep"], "time", "over wall_seconds = 2"),
         (["endless_and_deaf"], "time", "over wall_seconds = 2"),
         (["eat_memory"], "memory", "over memory_bytes"),
@@ -199,6 +199,11 @@ def test_a_worker_makes_no_file_process_socket_or_thread(shared: WorkerPool, tmp
     assert (tmp_path / "kept").read_text() == "kept"
     assert set(Path("/dev/shm").iterdir()) <= in_shared_memory
     assert processes >= {child.pid for child in descendants()}
+
+
+def test_calls_can_have_a_limit_of_their_own(shared: WorkerPool) -> None:
+    assert shared.map([["endless_loop"]], 0.1)[0].value == "over cpu_seconds = 0.1"
+    assert shared.map([["endless_loop"]])[0].value == "over cpu_seconds = 1"
 
 
 # What the pool leaves behind, and what it survives.

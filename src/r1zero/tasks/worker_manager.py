@@ -82,7 +82,6 @@ class Settings:
     Attributes:
         function: "module:name" of what the workers call. A `warm_up()` in that module runs once, before the first fork.
         workers: how many workers there are.
-        cpu_seconds: CPU time that one call may take, user and system.
         wall_seconds: time that one call may take.
         memory_bytes: address space of a worker, what the module takes included.
         parent: process id of whoever started the manager, without which it ends.
@@ -91,7 +90,6 @@ class Settings:
 
     function: str
     workers: int
-    cpu_seconds: float
     wall_seconds: float
     memory_bytes: int
     parent: int
@@ -121,6 +119,7 @@ class Lines:
 @dataclass(frozen=True)
 class _Call:
     number: bytes
+    cpu_seconds: float
     arguments: bytes
 
 
@@ -186,8 +185,8 @@ class _Manager:
         try:
             while chunk := self._channel.recv(RECEIVE_BYTES):
                 for line in self._lines.feed(chunk):
-                    number, _, arguments = line.partition(b" ")
-                    self._waiting.append(_Call(number, arguments))
+                    number, cpu_seconds, arguments = line.split(b" ", 2)
+                    self._waiting.append(_Call(number, float(cpu_seconds), arguments))
         except BlockingIOError:
             return True
         except OSError:
@@ -211,7 +210,7 @@ class _Manager:
     def _hand(self, worker: _Worker, call: _Call) -> None:
         worker.call, worker.began = call, time.monotonic()
         try:
-            worker.channel.sendall(call.arguments + b"\n", socket.MSG_NOSIGNAL)
+            worker.channel.sendall(b"%f %b\n" % (call.cpu_seconds, call.arguments), socket.MSG_NOSIGNAL)
         except OSError:  # it has ended, or it does not listen
             self._ended(worker)
 
@@ -244,8 +243,9 @@ class _Manager:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number in TIME_SIGNALS:
-                limit = "cpu_seconds" if number == signal.SIGPROF else "wall_seconds"
-                text = f"over {limit} = {getattr(self._settings, limit):g}"
+                text = f"over wall_seconds = {self._settings.wall_seconds:g}"
+                if number == signal.SIGPROF and worker.call is not None:
+                    text = f"over cpu_seconds = {worker.call.cpu_seconds:g}"
                 self._settle(worker, _outcome("time", seconds, text))
                 return
             # There is no name for the real-time signals.
@@ -340,11 +340,12 @@ def _work(settings: Settings, function: Callable[..., Any], channel: socket.sock
 def _call(settings: Settings, function: Callable[..., Any], request: bytes) -> bytes:
     """The outcome of one call. Overrunning its time ends this process: the default action of the timers' signals."""
     began = time.perf_counter()
-    signal.setitimer(signal.ITIMER_PROF, settings.cpu_seconds)
+    cpu_seconds, _, arguments = request.partition(b" ")
+    signal.setitimer(signal.ITIMER_PROF, float(cpu_seconds))
     signal.setitimer(signal.ITIMER_REAL, settings.wall_seconds)
     try:
         try:
-            ended, text = "returned", _returned(function, request)
+            ended, text = "returned", _returned(function, arguments)
         except MemoryError:
             raise
         except BaseException as error:  # noqa: BLE001  SystemExit is an outcome as well
@@ -356,8 +357,8 @@ def _call(settings: Settings, function: Callable[..., Any], request: bytes) -> b
     return f"{ended} {time.perf_counter() - began:.6f} {text}\n".encode("ascii")
 
 
-def _returned(function: Callable[..., Any], request: bytes) -> str:
-    text = json.dumps(function(*json.loads(request)))
+def _returned(function: Callable[..., Any], arguments: bytes) -> str:
+    text = json.dumps(function(*json.loads(arguments)))
     if len(text) > REPLY_BYTES:
         raise ValueError(f"the value is {len(text)} bytes of JSON; {REPLY_BYTES} is the most that is passed on")
     return text

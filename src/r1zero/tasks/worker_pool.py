@@ -99,22 +99,28 @@ class WorkerPool:
         for key, value in limits.items():
             if not value > 0:
                 raise ValueError(f"{key} is {value}; give a number above 0")
-        self._settings = Settings(function, workers, cpu_seconds, wall_seconds, memory_bytes, parent=0, path=[])
+        self._settings = Settings(function, workers, wall_seconds, memory_bytes, parent=0, path=[])
+        self._cpu_seconds = cpu_seconds
         self._lock = threading.Lock()
         self._closed = False
         self._manager: _Manager | None = None
         self._stop_manager: weakref.finalize[[], WorkerPool] | None = None
         _pools.add(self)
 
-    def map(self, calls: Sequence[Sequence[Any]]) -> list[Outcome]:
+    def map(self, calls: Sequence[Sequence[Any]], cpu_seconds: float | None = None) -> list[Outcome]:
         """The outcomes of the function for each list of arguments in `calls`, in the order of `calls`.
+
+        Args:
+            calls: lists of arguments.
+            cpu_seconds: CPU time that each of these calls may take; None: the pool's own limit.
 
         Raises:
             TypeError, ValueError: when arguments are not JSON values; then nothing was run.
             WorkerPoolError: when the function cannot be had, or the manager died twice without an outcome in between.
             RuntimeError: when the pool is closed.
         """
-        requests = [json.dumps(list(arguments)).encode("ascii") for arguments in calls]
+        limit = b"%f" % (self._cpu_seconds if cpu_seconds is None else cpu_seconds)
+        requests = [b"%b %b" % (limit, json.dumps(list(arguments)).encode("ascii")) for arguments in calls]
         outcomes: dict[int, Outcome] = {}
         deaths = 0
         with self._lock:

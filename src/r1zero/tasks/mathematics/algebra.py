@@ -59,6 +59,8 @@ def warm_up() -> None:
         same_expression(latex, latex)
     compare(r"\frac{\sqrt{3}}{2} + x^2", r"x^2 + \sqrt{3}/2 + \sin^2 x - \sin^2 x")
     compare("y = 2x", "2x - y = 0")
+    for gold, answer in _REWRITTEN:
+        compare(gold, answer)
 
 
 _SHAPES = (
@@ -68,6 +70,21 @@ _SHAPES = (
     r"\lfloor \frac { n } { 2 } \rfloor + | x - 3 | + \binom { n } { 2 } + 5 ! - \sqrt [ 3 ] { 4 } \cdot 10 ^ { - 2 }",
     r"- \frac { 3 } { 4 } ( a + b ) ( c - d ) / 2 + 6 \pi i",
     r"2 x - 3 y \le 7",
+)
+
+
+# What sympy simplifies in its own ways, each of which imports and remembers much at first.
+_REWRITTEN = (
+    ("x + 1", r"\frac{x^2 - 1}{x - 1}"),
+    (r"2 \sqrt{2} + \sqrt{3}", r"\sqrt{8} + \frac{3}{\sqrt{3}}"),
+    (r"\cos 2 x", r"1 - 2 \sin^2 x"),
+    (r"\ln 6 + \log_2 x", r"\ln 2 + \ln 3 + \frac{\ln x}{\ln 2}"),
+    (r"\sqrt{5 + 2 \sqrt{6}}", r"\sqrt{2} + \sqrt{3}"),
+    (r"n (n + 1) / 2", r"\binom{n + 1}{2}"),
+    (r"e^{i \pi / 3}", r"\frac{1 + i \sqrt{3}}{2}"),
+    (r"\frac{a^{3 x}}{2^{-n}}", r"(a^x)^3 \cdot 2^n"),
+    (r"y = \frac{1}{x}", "x y = 1"),
+    (r"2 x < 4 - y", r"x + \frac{y}{2} < 2"),
 )
 
 
