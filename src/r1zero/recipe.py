@@ -29,6 +29,8 @@ from r1zero.tasks.sources import SIMPLERL_LEVELS, TASKS
 from r1zero.tasks.verifier import ANSWER_MATCHES, Verifier
 
 METHODS = ("grpo", "sft")
+PUBLISH_ROUTES = ("auto", "adapter", "nccl", "shared_memory")
+SERVER_BASES = ("rounded", "unrounded", "vllm_4bit")
 TAGGED_TASKS = ("arithmetic", "gsm8k")  # where neither recipe nor template says how an answer is given
 TINY_MODEL = "r1zero/tiny-arithmetic"
 
@@ -178,9 +180,41 @@ class OwnKeys:
     accelerate_config: str | None = _key(
         None, "a name in accelerate_configs/ or a file; empty: cpu, single_gpu or ddp, as the trainer's GPUs say"
     )
-    server_gpus: int | None = _key(None, "GPUs for the policy server; empty: 1 where the recipe has a dedicated server")
+    server_gpus: int | None = _key(
+        None,
+        "GPUs for the policy servers, vllm_tensor_parallel_size of them for each server; 0: it shares the trainer's; "
+        "empty: 1, or 0 where there is only one GPU",
+    )
     trainer_gpus: int | None = _key(None, "GPUs for the trainer, one process each; empty: all that the server leaves")
     server_ready_timeout: float = _key(600.0, "give up when the policy server has not made a token by then; seconds")
+    server_silence_timeout: float = _key(
+        30.0, "a policy server that makes no token for so long, when asked for one, has failed; seconds"
+    )
+    generation_timeout: float = _key(900.0, "one round of generation may take so long; seconds")
+    publish_timeout: float = _key(300.0, "a new policy version must have reached the policy server by then; seconds")
+    max_restarts: int = _key(
+        3, "start server and trainer again, as a pair and from the newest checkpoint, so often after one of them failed"
+    )
+    publish: str = _key(
+        "auto",
+        "how a new policy version reaches the policy server: adapter (LoRA), nccl or shared_memory (all weights); "
+        "auto: adapter for LoRA, else nccl where server and trainer have GPUs of their own, else shared_memory",
+        PUBLISH_ROUTES,
+    )
+    server_base: str = _key(
+        "rounded",
+        "with load_in_4bit, what the policy server serves beneath the adapter: rounded (the trainer's own 4-bit values "
+        "in bf16), unrounded (the original weights: another policy than the trainer's) or vllm_4bit (vLLM's own)",
+        SERVER_BASES,
+    )
+    probe_tolerance: float = _key(
+        0.1,
+        "stop when, after a publish, the log-probabilities of server and trainer on fixed tokens differ by more than "
+        "this on average; nats",
+    )
+    gpu_memory_limit: float | None = _key(
+        None, "hold server and trainer together to so much of each GPU they share; empty: all of it; GiB"
+    )
     runs_dir: str = _key(
         "runs", "where run folders go, one per run, named by recipe and time; output_dir names one exactly"
     )

@@ -1,0 +1,18 @@
+"""What runs inside of `vllm serve`, and the names that both sides know it by.
+
+The trainer and the launcher import this module alone; the others import vLLM or run in its processes.
+
+Attributes:
+    TOKEN: the environment variable that holds the run's token, in the server's process and in its clients'.
+    PUBLISH_FOLDER: the environment variable that names the folder in which the trainer lays down adapters and weights
+        for the server. The server reads nothing from anywhere else.
+    VERSION_HEADER: the HTTP header that says a policy version, in a publishing request and in an answer of completions.
+    POLICY_ROUTE: GET answers {"version": int or null, "updating": bool, "in_flight": int}.
+    SHARED_MEMORY: the name of our weight transfer engine.
+"""
+
+TOKEN = "R1ZERO_SERVER_TOKEN"
+PUBLISH_FOLDER = "R1ZERO_PUBLISH_FOLDER"
+VERSION_HEADER = "X-Policy-Version"
+POLICY_ROUTE = "/policy"
+SHARED_MEMORY = "r1zero_shared_memory"
