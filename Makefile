@@ -1,12 +1,14 @@
 # make demo   the environment, then the main job on the embedded default (CPU, minutes)
 # make test   the tests        make lint   format, lint, types
 # make soak   long repeats of what make test runs a short version of; docs/log.md has the last results
+# make cpu-server   vLLM's CPU build in an environment of its own, for the tests against a real policy server
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CPU_SERVER ?= .venv-cpu-server
 WORKERS ?= 2
 
-.PHONY: demo test soak lint env
+.PHONY: demo test soak lint env cpu-server
 
 env: $(VENV)/.ready
 
@@ -19,14 +21,27 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
+# It sees the packages of the first environment and adds its own, some in other versions, which there would be in
+# the way.
+PACKAGES = 'import sysconfig; print(sysconfig.get_path("purelib"))'
+cpu-server: $(CPU_SERVER)/.ready
+$(CPU_SERVER)/.ready: $(VENV)/.ready src/r1zero/serving/cpu_build.py
+	$(PYTHON) -m venv $(CPU_SERVER)
+	printf 'import site; site.addsitedir("%s")\n' "$$($(BIN)/python -c $(PACKAGES))" \
+		> "$$($(CPU_SERVER)/bin/python -c $(PACKAGES))/base.pth"
+	$(CPU_SERVER)/bin/python -m r1zero.serving.cpu_build --constraint constraints.txt
+	@touch $@
+
 demo: env
 	$(BIN)/python launch/run.py recipes/tiny/arithmetic_grpo.yaml
 
+# The tests against a real policy server run where there is one.
+REAL_SERVER = $(if $(wildcard $(CPU_SERVER)/.ready),R1ZERO_CPU_SERVER_PYTHON=$(CPU_SERVER)/bin/python)
 test: env
-	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered
+	$(REAL_SERVER) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing:skip-covered
 
 soak: env
-	$(BIN)/python -m pytest -m soak --timeout 3600 --durations 0
+	$(REAL_SERVER) $(BIN)/python -m pytest -m soak --timeout 3600 --durations 0
 
 lint: env
 	$(BIN)/ruff format --check .

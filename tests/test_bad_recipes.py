@@ -1,5 +1,6 @@
 """Every recipe that cannot run is refused with its own message: key, value, why, remedy; exit code 2, no file."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,16 @@ GOOD = {
     "max_steps": 2,
 }
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 MODEL = {"model_name_or_path": "./model"}  # a folder with a config.json of 512 positions, made by the fixture
 
 # name: (keys over GOOD, hardware, words that the message must hold)
@@ -113,8 +124,185 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x2",
         ["trainer_gpus = 4", "server 1 + trainer 4 = 5 GPUs, 2 here"],
     ),
-    "server without a GPU": ({**SERVER, **MODEL}, "1x0", ["use_vllm", "no GPU is here", "--use_vllm false"]),
-    "server and trainer on one GPU": ({**SERVER, **MODEL}, "1x1", ["vllm_mode", "nothing is left", "colocate"]),
+    "server without a GPU": (
+        {**SERVER, **MODEL},
+        "1x0",
+        ["use_vllm", "no GPU is here", "python -m r1zero.serving.cpu_build", "--use_vllm false"],
+    ),
+    "servers that leave the trainer nothing": (
+        {**SERVER, **MODEL, "server_gpus": 2},
+        "1x2",
+        ["server_gpus = 2", "server 2 + trainer 0 = 2 GPUs, 2 here", "nothing is left", "0 lets"],
+    ),
+    "one GPU for the trainer alone": (
+        {**SERVER, **MODEL, "server_gpus": 1},
+        "1x1",
+        ["server_gpus = 1", "server 1 + trainer 0 = 1 GPUs", "share one GPU"],
+    ),
+    "a trainer on the CPU beside a server on a GPU": (
+        {**SERVER, **MODEL, "trainer_gpus": 0},
+        "1x2",
+        ["trainer_gpus = 0", "server 1 + trainer 0", "nothing is left"],
+    ),
+    "several trainer processes on a shared GPU": (
+        {**SERVER, **MODEL, "server_gpus": 0, "trainer_gpus": 2},
+        "1x2",
+        ["trainer_gpus = 2", "share one GPU (server_gpus is 0)", "use trainer_gpus: 1"],
+    ),
+    "a server over two GPUs where there is one": (
+        {**SERVER, **MODEL, "vllm_tensor_parallel_size": 2},
+        "1x1",
+        ["vllm_tensor_parallel_size = 2", "share one GPU (only one is here)"],
+    ),
+    "server GPUs that are not whole servers": (
+        {**SERVER, **MODEL, "vllm_tensor_parallel_size": 2, "server_gpus": 3, "trainer_gpus": 1},
+        "1x4",
+        ["server_gpus = 3", "not a multiple of vllm_tensor_parallel_size, 2 GPUs for each", "use 4"],
+    ),
+    "a server over no GPU": (
+        {**SERVER, **MODEL, "vllm_tensor_parallel_size": 0},
+        "1x2",
+        ["vllm_tensor_parallel_size = 0", "must be at least 1"],
+    ),
+    "heads that GPUs cannot share": (
+        {**SERVER, "model_name_or_path": "./smollm2", "vllm_tensor_parallel_size": 2},
+        "1x4",
+        ["vllm_tensor_parallel_size = 2", "9 attention heads cannot be divided among 2 GPUs", "use 1"],
+    ),
+    "a server of the embedded model, which has no folder yet": (
+        SERVER,
+        "1x2",
+        ["model_name_or_path = 'r1zero/tiny-arithmetic'", "no folder before it is made", "python -m r1zero.tiny"],
+    ),
+    "NCCL within one GPU": (
+        {**SERVER, **MODEL, "publish": "nccl"},
+        "1x1",
+        ["publish = 'nccl'", "share one GPU", "trl#3158", "publish: shared_memory"],
+    ),
+    "an adapter to publish where there is none": (
+        {**SERVER, **MODEL, "publish": "adapter"},
+        "1x2",
+        ["publish = 'adapter'", "without use_peft there is no adapter"],
+    ),
+    "all weights to publish where an adapter is trained": (
+        {**SERVER, **MODEL, "publish": "shared_memory", "use_peft": True},
+        "1x2",
+        ["publish = 'shared_memory'", "with use_peft only those of the adapter change", "publish: adapter"],
+    ),
+    "a route without a server": (
+        {"publish": "nccl"},
+        "1x2",
+        ["publish = 'nccl'", "starts no policy server", "use_vllm: true"],
+    ),
+    "an unknown route": ({**SERVER, **MODEL, "publish": "ncl"}, "1x2", ["publish = 'ncl'", "did you mean nccl?"]),
+    "a base for a server without 4 bits": (
+        {**SERVER, **MODEL, "server_base": "unrounded"},
+        "1x2",
+        ["server_base = 'unrounded'", "no effect", "load_in_4bit: true"],
+    ),
+    "a memory limit that nobody shares": (
+        {**SERVER, **MODEL, "gpu_memory_limit": 24},
+        "1x2",
+        ["gpu_memory_limit = 24.0", "share no GPU", "server_gpus: 0"],
+    ),
+    "a memory limit above the GPU": (
+        {**SERVER, **MODEL, "gpu_memory_limit": 100},
+        "1x1:80",
+        ["gpu_memory_limit = 100.0", "the GPU has 80 GiB"],
+    ),
+    "a memory limit for a model of unknown shape": (
+        {**SERVER, **MODEL, "gpu_memory_limit": 20},
+        "1x1:80",
+        ["gpu_memory_limit = 20.0", "it cannot be divided", "add vllm_gpu_memory_utilization"],
+    ),
+    "a memory limit that the server takes all of": (
+        {**SERVER, **MODEL, "gpu_memory_limit": 20, "vllm_gpu_memory_utilization": 0.3},
+        "1x1:80",
+        ["gpu_memory_limit = 20.0", "the server takes all of it", "lower vllm_gpu_memory_utilization"],
+    ),
+    "a memory limit of nothing": ({"gpu_memory_limit": 0}, "1x0", ["gpu_memory_limit = 0", "must be positive"]),
+    "a server that sleeps beside nobody": (
+        {**SERVER, **MODEL, "vllm_enable_sleep_mode": True},
+        "1x2",
+        ["vllm_enable_sleep_mode = True", "share no GPU", "no effect"],
+    ),
+    "server and trainer that do not fit": (
+        {**SERVER, "model_name_or_path": "./smollm2", "max_completion_length": 9000, "max_prompt_tokens": 1000},
+        "1x1:24",
+        [
+            "per_device_train_batch_size = 16",
+            "server and trainer do not fit on one GPU",
+            "23.5 there",
+            "server ",
+            "KV cache",
+            "trainer ",
+            "activations",
+            "as much more gradient_accumulation_steps",
+        ],
+    ),
+    "a trainer that does not fit": (
+        {
+            "model_name_or_path": "./smollm2",
+            "max_completion_length": 4000,
+            "max_prompt_tokens": 1000,
+            "gradient_checkpointing": False,
+        },
+        "1x1:24",
+        ["the trainer needs", "23.5 are there", "gradient_checkpointing: true"],
+    ),
+    "a server whose share is too small": (
+        {**SERVER, "model_name_or_path": "./smollm2", "max_prompt_tokens": 64, "vllm_gpu_memory_utilization": 0.01},
+        "1x1:80",
+        ["vllm_gpu_memory_utilization = 0.01", "is 0.8 of 80 GiB, the server needs", "leave it out"],
+    ),
+    "a server of its own whose share is too small": (
+        {**SERVER, "model_name_or_path": "./smollm2", "max_prompt_tokens": 64, "vllm_gpu_memory_utilization": 0.01},
+        "1x2:80",
+        ["vllm_gpu_memory_utilization = 0.01", "its share of 0.01 of 80 GiB is 0.8", "a larger share"],
+    ),
+    "an adapter of too high a rank": (
+        {**SERVER, **MODEL, "use_peft": True, "lora_r": 1024},
+        "1x2",
+        ["lora_r = 1024", "vLLM serves adapters of ranks up to 512"],
+    ),
+    "an adapter on the embedding": (
+        {**SERVER, **MODEL, "use_peft": True, "lora_target_modules": ["q_proj", "embed_tokens"]},
+        "1x2",
+        ["lora_target_modules", "vLLM cannot serve an adapter on embed_tokens"],
+    ),
+    "an adapter on what the model does not have": (
+        {**SERVER, "model_name_or_path": "./smollm2", "use_peft": True, "lora_target_modules": ["c_attn"]},
+        "1x2",
+        ["lora_target_modules = ['c_attn']", "no projection of a llama model", "q_proj, k_proj"],
+    ),
+    "modules beside the adapter": (
+        {**SERVER, **MODEL, "use_peft": True, "lora_modules_to_save": ["norm"]},
+        "1x2",
+        ["lora_modules_to_save = ['norm']", "whole modules beside the adapter"],
+    ),
+    "an adapter on parameters": (
+        {**SERVER, **MODEL, "use_peft": True, "lora_target_parameters": ["experts.up"]},
+        "1x2",
+        ["lora_target_parameters", "vLLM cannot serve an adapter on single parameters"],
+    ),
+    "DoRA": (
+        {**SERVER, **MODEL, "use_peft": True, "use_dora": True},
+        "1x2",
+        ["use_dora = True", "vLLM cannot serve DoRA"],
+    ),
+    "deadlines of nothing": (
+        {"server_silence_timeout": 0, "generation_timeout": -1, "publish_timeout": 0},
+        "1x0",
+        [
+            "3 faults",
+            "server_silence_timeout = 0",
+            "30 seconds is the default",
+            "generation_timeout",
+            "publish_timeout",
+        ],
+    ),
+    "fewer restarts than none": ({"max_restarts": -1}, "1x0", ["max_restarts = -1", "0 never starts them again"]),
+    "a probe that nothing passes": ({"probe_tolerance": 0}, "1x0", ["probe_tolerance = 0", "must be positive"]),
     "vLLM inside a trainer without a GPU": ({"use_vllm": True}, "1x0", ["use_vllm", "needs a GPU", "use_vllm: false"]),
     "several nodes": ({}, "2x8", ["nodes = 2", "not built yet"]),
     "server GPUs without a server": ({"server_gpus": 1}, "1x2", ["server_gpus = 1", "starts no policy server"]),
@@ -139,10 +327,10 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x1",
         ["load_in_8bit = True", "keep one of the two"],
     ),
-    "4-bit with a server": (
-        {**SERVER, "load_in_4bit": True, "use_peft": True},
+    "8-bit with a server": (
+        {**SERVER, **MODEL, "load_in_8bit": True, "use_peft": True},
         "1x2",
-        ["vllm_mode", "trl#4973", "colocate"],
+        ["load_in_8bit = True", "cannot serve these 8-bit weights", "load_in_4bit: true"],
     ),
     "bf16 and fp16": ({"bf16": True, "fp16": True}, "1x1", ["fp16 = True", "bf16 is true as well"]),
     "temperature 0": ({"temperature": 0}, "1x0", ["temperature = 0", "completions that differ"]),
@@ -327,9 +515,12 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a model of 512 positions, two broken datasets, and sums, which can be trained on."""
+    """A working folder with a model of 512 positions, one of SmolLM2's shape, two broken datasets, and sums, which can
+    be trained on."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 512}')
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "config.json").write_text(json.dumps(SMOLLM2))
     (tmp_path / "oldrun" / "model").mkdir(parents=True)
     (tmp_path / "oldrun" / "model" / "config.json").write_text("{}")
     datasets = {

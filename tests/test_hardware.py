@@ -66,7 +66,7 @@ def test_the_gpus_that_cuda_visible_devices_lets_through(
     assert [node.host for node in found.nodes] == [socket.gethostname()]
     assert found.nodes[0].gpus == expected
     assert found.gpus_per_node == len(expected)
-    assert len(set(found.ports)) == 3
+    assert len(set(found.ports)) == 2 + max(1, len(expected))  # one for a policy server on each GPU
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,12 @@ def test_whether_torch_is_a_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not detect().torch_cpu_only
     monkeypatch.setattr(hardware.metadata, "version", missing)
     assert not detect().torch_cpu_only
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_whether_a_server_can_run_without_a_gpu(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.policy_server, "cpu_server_available", lambda: available)
+    assert detect().cpu_server == available
 
 
 def test_the_nodes_of_a_slurm_job(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +138,8 @@ def test_assumed_hardware(text: str, nodes: int, gpus: int, memory: float | None
     assert [gpu.memory_gib for gpu in found.nodes[0].gpus] == [memory] * gpus
     assert all("assumed" in gpu.name for gpu in found.nodes[0].gpus)
     assert not found.torch_cpu_only
-    assert len(set(found.ports)) == 3
+    assert not found.cpu_server
+    assert len(set(found.ports)) == 2 + max(1, gpus)
     assert assumed(text, (1, 2, 3)).ports == (1, 2, 3)
 
 

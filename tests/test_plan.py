@@ -2,66 +2,80 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from r1zero import hardware, plan, recipe
-from r1zero.model_facts import ModelFacts
+from r1zero import hardware, plan, recipe, serving
+from r1zero.model_facts import PROJECTIONS, ModelFacts, ModelShape
 from tests.conftest import PROJECT
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = sorted(path.relative_to(PROJECT) for path in (PROJECT / "recipes").rglob("*.yaml"))
-PORTS = (41001, 41002, 41003)
+PORTS = tuple(range(41001, 41011))
+GRPO, QLORA = "recipes/smollm2-135m/gsm8k_grpo.yaml", "recipes/qwen2.5-3b/gsm8k_qlora.yaml"
+SMOLLM2 = ModelFacts(8192, "llama", ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied_embeddings=True))
+QWEN = ModelFacts(32768, "qwen2", ModelShape(2048, 36, 16, 2, 128, 11008, 151936, tied_embeddings=True))
 
 
 @pytest.fixture(autouse=True)
-def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The project's folder, and a hub cache with nothing in it: what is not local is not known."""
     monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
 def plan_of(path: str | Path, machine: str, *overrides: str, model: ModelFacts | None = None) -> plan.Plan:
     loaded = recipe.load(path, overrides)
-    return plan.make(loaded, hardware.assumed(machine, PORTS), Path("runs/run"), Path(), model)
+    here = hardware.assumed(machine.removesuffix(" cpu server"), PORTS)
+    return plan.make(loaded, replace(here, cpu_server=machine.endswith("cpu server")), Path("runs/run"), Path(), model)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
-def test_every_recipe_is_parsed_and_planned(path: Path) -> None:
+@pytest.mark.parametrize("machine", ["1x1:80", "1x2:80"])
+def test_every_recipe_is_parsed_and_planned(path: Path, machine: str) -> None:
     loaded = recipe.load(path)
-    machine = "1x2:80" if loaded.launches_server else "1x0" if loaded.model == recipe.TINY_MODEL else "1x1:24"
-    planned = plan.make(loaded, hardware.assumed(machine, PORTS), Path("runs/run"), Path())
+    machine = "1x0" if loaded.model == recipe.TINY_MODEL else machine
+    planned = plan_of(path, machine)
     assert planned.processes[-1].name == "trainer"
-    assert (planned.server is not None) == loaded.launches_server
+    assert bool(planned.servers) == loaded.launches_server
     assert str(path) in planned.render()
 
 
-CASES = {
-    "tiny_cpu": ("recipes/tiny/arithmetic_grpo.yaml", "1x0", ()),
-    "smollm2_sft_1gpu": ("recipes/smollm2-135m/gsm8k_sft.yaml", "1x1:24", ()),
-    "smollm2_grpo_2gpus": ("recipes/smollm2-135m/gsm8k_grpo.yaml", "1x2:80", ()),
+CASES: dict[str, tuple[str, str, tuple[str, ...], ModelFacts | None]] = {
+    "tiny_cpu": ("recipes/tiny/arithmetic_grpo.yaml", "1x0", (), None),
+    "smollm2_sft_1gpu": ("recipes/smollm2-135m/gsm8k_sft.yaml", "1x1:24", (), SMOLLM2),
+    "smollm2_grpo_2gpus": (GRPO, "1x2:80", (), SMOLLM2),
+    "smollm2_grpo_1gpu": (GRPO, "1x1:80", (), SMOLLM2),
+    "smollm2_grpo_cpu_server": (GRPO, "1x0 cpu server", ("--trainer_gpus", "null"), SMOLLM2),
     "smollm2_grpo_8gpus_zero3": (
-        "recipes/smollm2-135m/gsm8k_grpo.yaml",
+        GRPO,
         "1x8:80",
         ("--server_gpus", "2", "--trainer_gpus", "6", "--accelerate_config", "zero3", "--num_generations", "16"),
+        None,
     ),
-    "smollm2_grpo_colocate": (
-        "recipes/smollm2-135m/gsm8k_grpo.yaml",
-        "1x1:24",
-        ("--vllm_mode", "colocate", "--server_gpus", "null"),
-    ),
-    "smollm2_grpo_running_server": (
-        "recipes/smollm2-135m/gsm8k_grpo.yaml",
-        "1x1:24",
-        ("--vllm_server_base_url", "http://127.0.0.1:8000", "--server_gpus", "null"),
+    "smollm2_grpo_colocate": (GRPO, "1x1:80", ("--vllm_mode", "colocate"), SMOLLM2),
+    "smollm2_grpo_running_server": (GRPO, "1x1:80", ("--vllm_server_base_url", "http://127.0.0.1:8000"), SMOLLM2),
+    "qwen_qlora_24gb": (QLORA, "1x1:24", (), QWEN),
+    "qwen_qlora_a100": ("recipes/qwen2.5-3b/gsm8k_qlora_a100.yaml", "1x1:80", (), QWEN),
+    "qwen_full_8gpus": (
+        GRPO,
+        "1x8:80",
+        (
+            *("--model_name_or_path", "Qwen/Qwen2.5-3B", "--per_device_train_batch_size", "8", "--trainer_gpus", "4"),
+            *("--server_gpus", "4", "--vllm_tensor_parallel_size", "2", "--accelerate_config", "zero3"),
+        ),
+        QWEN,
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan_text(name: str, request: pytest.FixtureRequest) -> None:
-    path, machine, overrides = CASES[name]
-    text = plan_of(path, machine, *overrides).render().replace(sys.executable, "python")
+    path, machine, overrides, model = CASES[name]
+    text = plan_of(path, machine, *overrides, model=model).render().replace(sys.executable, "python")
     golden = GOLDEN / f"plan_{name}.txt"
     if request.config.getoption("--update-golden"):
         golden.write_text(text)
@@ -69,31 +83,210 @@ def test_plan_text(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_a_plan_is_pure() -> None:
-    assert plan_of("recipes/smollm2-135m/gsm8k_grpo.yaml", "1x2") == plan_of(
-        "recipes/smollm2-135m/gsm8k_grpo.yaml", "1x2"
+    assert plan_of(GRPO, "1x2") == plan_of(GRPO, "1x2")
+
+
+def flag(process: plan.Process, name: str) -> str:
+    return process.argv[process.argv.index(name) + 1]
+
+
+def test_servers_and_trainer_have_gpus_of_their_own_and_the_addresses_agree() -> None:
+    words = ("--server_gpus", "4", "--vllm_tensor_parallel_size", "2", "--trainer_gpus", "4")
+    planned = plan_of(GRPO, "1x8", *words)
+    assert [each.name for each in planned.servers] == ["server-0", "server-1"]
+    assert [each.gpus for each in planned.servers] == [(4, 5), (6, 7)]
+    assert [each.log for each in planned.servers] == ["logs/server-0.log", "logs/server-1.log"]
+    assert planned.trainer.gpus == (0, 1, 2, 3)
+    urls = tuple(f"http://127.0.0.1:{flag(each, '--port')}" for each in planned.servers)
+    assert planned.server_urls == urls and len(set(urls)) == 2
+    assert flag(planned.trainer, "--vllm_server_base_url") == ",".join(urls)
+    ports = {flag(planned.trainer, "--vllm_group_port"), flag(planned.trainer, "--main_process_port")}
+    assert len({*ports, *(url.rpartition(":")[2] for url in urls)}) == 4
+    for each in planned.servers:
+        assert flag(each, "--tensor-parallel-size") == "2"
+        assert flag(each, "--max-model-len") == str(384 + 192 + 1)
+
+
+def test_the_smallest_machine_of_assumed_hardware_has_ports_enough_for_a_server_on_each_gpu() -> None:
+    loaded = recipe.load(GRPO, ["--server_gpus", "3", "--trainer_gpus", "1"])
+    planned = plan.make(loaded, hardware.assumed("1x4"), Path("runs/run"), Path())
+    assert len(set(planned.server_urls)) == len(planned.servers) == 3
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "route"),
+    [
+        ("1x2", (), "nccl"),
+        ("1x1", (), "shared_memory"),
+        ("1x8", ("--server_gpus", "0"), "shared_memory"),
+        ("1x0 cpu server", ("--trainer_gpus", "null"), "shared_memory"),
+        ("1x2", ("--use_peft", "true"), "adapter"),
+        ("1x1", ("--use_peft", "true"), "adapter"),
+        ("1x0 cpu server", ("--trainer_gpus", "null", "--use_peft", "true"), "adapter"),
+        ("1x2", ("--publish", "shared_memory"), "shared_memory"),
+        ("1x1", ("--vllm_server_base_url", "http://127.0.0.1:1,http://127.0.0.1:2"), "nccl"),
+        ("1x1", ("--vllm_mode", "colocate"), None),
+    ],
+)
+def test_the_route_of_new_policy_versions(machine: str, words: tuple[str, ...], route: str | None) -> None:
+    planned = plan_of(GRPO, machine, *words, model=SMOLLM2)
+    assert planned.publish == route
+    assert ("--publish" in planned.trainer.argv) == (route is not None)
+    if route is None:
+        assert "TRL's colocate" in planned.render()
+        return
+    assert flag(planned.trainer, "--publish") == route
+    assert f"Because: publish {route}" in planned.render()
+    expected = {"nccl": '{"backend":"nccl"}', "shared_memory": '{"backend":"r1zero_shared_memory"}'}.get(route)
+    for each in planned.servers:
+        assert ("--weight-transfer-config" in each.argv) == (expected is not None)
+        assert expected is None or flag(each, "--weight-transfer-config") == expected
+        assert ("--enable-lora" in each.argv) == (route == "adapter")
+
+
+def test_on_one_gpu_server_and_trainer_share_it() -> None:
+    planned = plan_of(QLORA, "1x1:24", model=QWEN)
+    assert planned.servers[0].gpus == planned.trainer.gpus == (0,)
+    assert planned.trainer_processes == 1
+    share = float(flag(planned.servers[0], "--gpu-memory-utilization"))
+    assert 0.3 < share < 0.5
+    assert flag(planned.servers[0], "--max-num-seqs") == str(16 + plan.SPARE_SEQUENCES)
+    assert plan.TRAINER_MEMORY not in dict(planned.trainer.env)
+    assert "--enable-sleep-mode" not in planned.servers[0].argv
+
+
+def test_a_limit_holds_server_and_trainer_together() -> None:
+    planned = plan_of(QLORA, "1x1:140.4", "--gpu_memory_limit", "24", model=QWEN)
+    share = float(flag(planned.servers[0], "--gpu-memory-utilization"))
+    trainer = float(dict(planned.trainer.env)[plan.TRAINER_MEMORY])
+    beyond = plan.memory.SERVER_BEYOND_SHARE_GIB + plan.memory.TRAINER_CONTEXT_GIB
+    assert 23 < share * 140.4 + trainer + beyond < 24.2
+    assert any(plan.TRAINER_MEMORY in line for line in planned.by_hand)
+
+
+def test_a_limit_with_a_share_of_the_recipes_own() -> None:
+    words = ("--gpu_memory_limit", "24", "--vllm_gpu_memory_utilization", "0.07")
+    for model in (QWEN, None):
+        planned = plan_of(QLORA, "1x1:140.4", *words, model=model)
+        assert flag(planned.servers[0], "--gpu-memory-utilization") == "0.07"
+        trainer = float(dict(planned.trainer.env)[plan.TRAINER_MEMORY])
+        beyond = plan.memory.SERVER_BEYOND_SHARE_GIB + plan.memory.TRAINER_CONTEXT_GIB
+        assert trainer == pytest.approx(24 - 0.07 * 140.4 - beyond, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("machine", "model", "why"),
+    [
+        ("1x1:80", None, "before it is downloaded"),
+        ("1x1:80", ModelFacts(8192, "gpt2"), "a model of type gpt2 are not counted"),
+        ("1x1:0", SMOLLM2, "does not say how much memory"),
+    ],
+)
+def test_a_shared_gpu_of_which_something_is_not_known_is_shared_as_trl_does(
+    machine: str, model: ModelFacts | None, why: str
+) -> None:
+    planned = plan_of(GRPO, machine, model=model)
+    assert flag(planned.servers[0], "--gpu-memory-utilization") == "0.3"
+    assert planned.memory == ()
+    assert why in planned.render()
+
+
+def test_a_tight_gpu_is_named_close_and_sleep_gives_room() -> None:
+    tight = plan_of(QLORA, "1x1:16", model=QWEN)
+    assert "Because: close: server and trainer need" in tight.render()
+    asleep = plan_of(QLORA, "1x1:16", "--vllm_enable_sleep_mode", "true", model=QWEN)
+    assert "close" not in asleep.render()
+    assert "--enable-sleep-mode" in asleep.servers[0].argv
+    assert float(flag(asleep.servers[0], "--gpu-memory-utilization")) > float(
+        flag(tight.servers[0], "--gpu-memory-utilization")
     )
 
 
-def test_server_and_trainer_never_share_a_gpu_and_the_addresses_agree() -> None:
-    planned = plan_of("recipes/smollm2-135m/gsm8k_grpo.yaml", "1x8", "--server_gpus", "2", "--trainer_gpus", "4")
-    assert planned.server is not None
-    assert not set(planned.server.gpus) & set(planned.trainer.gpus)
-    assert (len(planned.server.gpus), len(planned.trainer.gpus)) == (2, 4)
-    port = planned.server.argv[planned.server.argv.index("--port") + 1]
-    url = planned.trainer.argv[planned.trainer.argv.index("--vllm_server_base_url") + 1]
-    assert url == planned.server_url == f"http://127.0.0.1:{port}"
-    assert planned.server.argv[planned.server.argv.index("--tensor-parallel-size") + 1] == "2"
-    assert planned.server.argv[planned.server.argv.index("--max-model-len") + 1] == str(384 + 192)
+def test_a_trainer_close_to_its_own_gpus_memory_is_named() -> None:
+    text = plan_of(GRPO, "1x2:36", model=SMOLLM2).render()
+    assert "Because: close: the trainer needs" in text and "gradient_checkpointing: true" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "served", "prepared"),
+    [
+        ((), "the rounded base", True),
+        (("--server_base", "unrounded"), "Qwen/Qwen2.5-3B", False),
+        (("--server_base", "vllm_4bit"), "Qwen/Qwen2.5-3B", False),
+        (("--load_in_4bit", "false"), "Qwen/Qwen2.5-3B", False),
+    ],
+)
+def test_what_the_server_serves_beneath_the_adapter(words: tuple[str, ...], served: str, prepared: bool) -> None:
+    planned = plan_of(QLORA, "1x2:80", *words, model=QWEN)
+    server = planned.servers[0]
+    model = server.argv[server.argv.index("serve") + 1]
+    assert model == (plan.BASE_UNKNOWN if served == "the rounded base" else served)
+    bases = [each for each in planned.preparations if each.name == "base"]
+    assert bool(bases) == prepared
+    for each in bases:
+        assert each.argv[1:] == ("-m", "r1zero.quantized_base", "--config", "runs/run/recipe.yaml")
+        assert each.gpus == planned.trainer.gpus
+    assert ("--quantization" in server.argv) == ("vllm_4bit" in words)
+
+
+@pytest.mark.parametrize(
+    ("targets", "model", "covered"),
+    [
+        (("q_proj", "model.layers.*.v_proj"), QWEN, ("q_proj", "v_proj")),
+        (("all-linear",), QWEN, PROJECTIONS),
+        (("null",), SMOLLM2, PROJECTIONS),
+        (("all-linear",), ModelFacts(8192, "gpt2"), ()),
+    ],
+)
+def test_the_layers_that_the_servers_adapter_slots_cover(
+    targets: tuple[str, ...], model: ModelFacts, covered: tuple[str, ...]
+) -> None:
+    argv = plan_of(QLORA, "1x2:80", "--lora_target_modules", *targets, model=model).servers[0].argv
+    start = argv.index("--lora-target-modules") + 1 if covered else 0
+    assert argv[start : start + len(covered)] == covered
+    assert ("--lora-target-modules" in argv) == bool(covered)
+    assert argv[start + len(covered)].startswith("--") or not covered
+
+
+def test_the_rounded_base_of_a_local_model_is_named_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("R1ZERO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    planned = plan_of(QLORA, "1x1:24", "--model_name_or_path", str(tmp_path / "model"), model=QWEN)
+    server = planned.servers[0]
+    assert server.argv[server.argv.index("serve") + 1].startswith(str(tmp_path / "cache" / "model-nf4-"))
+
+
+def test_no_token_is_in_a_plan() -> None:
+    planned = plan_of(QLORA, "1x1:24", model=QWEN)
+    told = [line for line in planned.render().splitlines() if serving.TOKEN in line]
+    assert told == ['  export R1ZERO_SERVER_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")']
+    assert planned.by_hand[1] == "export R1ZERO_PUBLISH_FOLDER=$(mktemp -d /dev/shm/r1zero-XXXXXX)"
+    for process in planned.processes:
+        assert serving.TOKEN not in dict(process.env)
+        assert not any(serving.TOKEN in word for word in process.argv)
+
+
+def test_a_server_of_its_own_measures_with_many_sequences_and_one_that_shares_has_few() -> None:
+    assert flag(plan_of(QLORA, "1x2:80", model=QWEN).servers[0], "--max-num-seqs") == "260"
+    assert flag(plan_of(QLORA, "1x1:80", model=QWEN).servers[0], "--max-num-seqs") == "20"
+
+
+def test_the_servers_context_never_exceeds_the_models() -> None:
+    planned = plan_of(GRPO, "1x2", model=ModelFacts(context_length=576))
+    assert flag(planned.servers[0], "--max-model-len") == "576"
 
 
 def test_batch_arithmetic() -> None:
-    batch = plan_of("recipes/smollm2-135m/gsm8k_grpo.yaml", "1x5", "--trainer_gpus", "4").batch
+    batch = plan_of(GRPO, "1x5", "--trainer_gpus", "4").batch
     assert (batch.samples_per_step, batch.prompts_per_step) == (64 * 4 * 8, 64 * 4 * 8 // 32)
     assert batch.completions_per_generation == 64 * 4 * 8
 
 
 def test_generation_batch_size_sets_the_passes() -> None:
-    batch = plan_of("recipes/smollm2-135m/gsm8k_grpo.yaml", "1x2", "--generation_batch_size", "1024").batch
+    batch = plan_of(GRPO, "1x2", "--generation_batch_size", "1024").batch
     assert batch.steps_per_generation == 16
     assert batch.completions_per_generation == 1024
 
@@ -116,7 +309,8 @@ def test_gpus_under_a_cpu_build_of_torch_are_not_used() -> None:
 
 def test_recipe_hardware_and_plan_import_no_torch() -> None:
     code = (
-        "import sys; from r1zero import recipe, hardware, plan, model_facts, launcher, supervisor, policy_server;"
+        "import sys; from r1zero import recipe, hardware, memory, plan, model_facts, quantized_base, launcher;"
+        "from r1zero import supervisor, policy_server;"
         "from r1zero.tasks import load_problems, rewards, verifier, prompts; load_problems('arithmetic', 'test', None);"
         "print([name for name in ('torch', 'transformers', 'trl', 'numpy', 'vllm') if name in sys.modules])"
     )

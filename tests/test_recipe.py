@@ -1,5 +1,6 @@
 """A recipe through `load`: overrides, defaults, what is written down of it, and public recipes of other projects."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,24 @@ def test_what_a_run_writes_down_can_be_run_again() -> None:
     loaded = recipe.load(TINY, ["--output_dir", "somewhere"])
     assert loaded["output_dir"] == "somewhere"
     assert "output_dir" not in loaded.resolved()
+
+
+def test_the_table_of_r1rls_arguments_says_what_the_recipe_has() -> None:
+    text = (PROJECT / "recipes" / "README.md").read_text().partition("## R1RL's command line")[2]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    loaded = recipe.load("recipes/qwen2.5-3b/gsm8k_qlora.yaml")
+    legal = {**library_keys.load("grpo"), **recipe.own_keys()}
+    compared = []
+    for _, _, key, value in rows[1:]:
+        name = re.match(r"`(\w+)`", key)
+        quoted = re.match(r"`([^`]+)`", value)
+        if name and quoted:
+            given = getattr(loaded.own, name[1]) if name[1] in recipe.own_keys() else loaded[name[1]]
+            assert library_keys.parse_text(legal[name[1]], quoted[1]) == given, key
+            compared.append(name[1])
+    assert len(rows) == 28 and len(compared) == 22
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)

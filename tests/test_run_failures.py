@@ -5,6 +5,7 @@ of the machine whose environment, command line or working folder carries this la
 """
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -26,12 +27,25 @@ import psutil
 import pytest
 
 from r1zero.run_folder import RunFolder, read_json
+from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from tests.conftest import PROJECT
 
 STAND_INS = Path(__file__).with_name("stand_ins")
-SLOW_S = 90.0  # until something is up, on a machine that others use as well
+SLOW_S = 150.0  # until something is up, on a machine that others use as well
 STOP_S = 25.0  # from a signal to the end: ten seconds of grace, and looking
 GONE_S = 10.0  # how long children may outlive a launcher that could not stop them
+CONFIG = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
@@ -114,6 +128,16 @@ class Launch:
     @property
     def summary(self) -> dict[str, Any]:
         return read_json(self.run_folder.summary) or {}
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        return [line for line in self.run_folder.read_metrics() if line["kind"] == "restart"]
+
+    @property
+    def secret(self) -> dict[str, str]:
+        """What server and trainer know of each other, as the server's environment has it."""
+        env = self.find("stand_ins/vllm.py").environ()
+        return {TOKEN: env[TOKEN], PUBLISH_FOLDER: env[PUBLISH_FOLDER]}
 
     @property
     def ports(self) -> list[int]:
@@ -250,11 +274,20 @@ def start(tmp_path: Path, model: Path, launches: list[Launch]) -> Start:
 
 
 @pytest.fixture
-def start_with_server(tmp_path: Path, model: Path, launches: list[Launch]) -> Start:
+def start_with_server(tmp_path: Path, launches: list[Launch]) -> Start:
     """The launcher with a stand-in server and a stand-in trainer, on two GPUs that are not there."""
 
-    def call(*arguments: str, server: str = "ok", trainer: str = "trains", terminal: bool = False) -> Launch:
-        (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=model, use_vllm="true"))
+    def call(
+        *arguments: str,
+        server: str = "ok",
+        trainer: str = "trains",
+        terminal: bool = False,
+        restarts: int = 0,
+        **more_env: str,
+    ) -> Launch:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tmp_path / "model", use_vllm="true"))
         (tmp_path / "project" / "launch").mkdir(parents=True)
         shutil.copy(STAND_INS / "trainer.py", tmp_path / "project" / "launch" / "grpo.py")
         (tmp_path / "project" / "accelerate_configs").symlink_to(PROJECT / "accelerate_configs")
@@ -263,9 +296,10 @@ def start_with_server(tmp_path: Path, model: Path, launches: list[Launch]) -> St
             "R1ZERO_STAND_IN_SERVER": server,
             "R1ZERO_STAND_IN_TRAINER": trainer,
             "CUDA_VISIBLE_DEVICES": "0,1",
+            **more_env,
         }
-        script, arguments = STAND_INS / "launch_with_server.py", ("--vllm_mode", "server", *arguments)
-        launches.append(Launch(script, tmp_path, arguments, env, terminal))
+        ours = ("--vllm_mode", "server", "--max_restarts", str(restarts))
+        launches.append(Launch(STAND_INS / "launch_with_server.py", tmp_path, (*ours, *arguments), env, terminal))
         return launches[-1]
 
     return call
@@ -281,11 +315,12 @@ def assert_interrupted(launch: Launch, signum: signal.Signals) -> None:
 
 
 def assert_failed(launch: Launch, within_s: float, *reason: str) -> None:
+    """It ended with exit code 1, and these words are in its very last line."""
     assert launch.end(within_s) == 1
-    assert "error: the run failed: " in "\n".join(launch.last_lines)
+    last = launch.output.splitlines()[-1]
+    assert last == f"error: the run failed: {launch.summary['reason']}"
     for words in reason:
-        assert words in "\n".join(launch.last_lines)
-        assert words in launch.summary["reason"]
+        assert words in last
     assert launch.summary["outcome"] == "failed"
 
 
@@ -366,7 +401,8 @@ def test_kill_9_of_the_trainer(start: Start) -> None:
     launch = start()
     launch.until(lambda: launch.steps >= 2)
     launch.find("grpo.py", but="accelerate.commands.launch").kill()
-    assert_failed(launch, STOP_S, "trainer: exited with code 1", "SIGKILL", "logs/trainer.log", "/1000  reward")
+    assert_failed(launch, STOP_S, "trainer: exited with code 1", "SIGKILL", "logs/trainer.log")
+    assert "/1000  reward" in "\n".join(launch.last_lines)
 
 
 def test_kill_9_of_the_launcher_with_a_real_trainer(start: Start) -> None:
@@ -381,7 +417,8 @@ def test_kill_9_of_the_launcher_with_a_real_trainer(start: Start) -> None:
 def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
     launch = start_with_server(server="dies")
     launch.until(lambda: "starting the policy server" in launch.output)
-    assert_failed(launch, STOP_S, "server: exited with code 3", "CUDA out of memory", "engine core failed to start")
+    assert_failed(launch, STOP_S, "server: exited with code 3: torch.OutOfMemoryError: CUDA out of memory.")
+    assert "engine core failed to start" in "\n".join(launch.last_lines)
     assert launch.phase is None  # no trainer was started
 
 
@@ -390,7 +427,7 @@ def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
     [("refuses", "connection refused"), ("hang-after-health", "/health answered 200, but no token was generated")],
 )
 def test_a_server_that_is_never_ready(start_with_server: Start, mode: str, how_far: str) -> None:
-    launch = start_with_server("--server_ready_timeout", "3", server=mode)
+    launch = start_with_server("--server_ready_timeout", "3", server=mode, restarts=3)
     launch.until(lambda: "starting the policy server" in launch.output)
     assert_failed(launch, 3 + STOP_S, "not ready after 3 s", how_far, "logs/server.log")
 
@@ -425,7 +462,7 @@ def test_ctrl_c_on_a_terminal(start_with_server: Start) -> None:
 def test_a_second_ctrl_c_does_not_wait_for_a_server_that_hangs(start_with_server: Start) -> None:
     launch = start_with_server(server="ignores-sigterm")
     launch.until(lambda: launch.steps >= 2)
-    trainer = launch.find("accelerate.commands.launch")
+    trainer = launch.find("launch/grpo.py")
     launch.signal(SIGINT)
     launch.until(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, GONE_S)
     launch.signal(SIGINT)
@@ -438,22 +475,24 @@ def test_kill_9_of_the_server(start_with_server: Start, trainer: str) -> None:
     launch = start_with_server(trainer=trainer)
     launch.until(lambda: launch.steps >= 2)
     launch.find("stand_ins/vllm.py").kill()
-    assert_failed(launch, GONE_S, "server: killed by SIGKILL", "logs/server.log", "stand-in server: ")
+    assert_failed(launch, GONE_S, "server: killed by SIGKILL", "logs/server.log")
+    assert "stand-in server: " in "\n".join(launch.last_lines)
     assert launch.summary["reason"].startswith("server: ")
 
 
 def test_kill_9_of_accelerate_leaves_no_trainer(start_with_server: Start) -> None:
-    launch = start_with_server()
+    launch = start_with_server(R1ZERO_REAL_ACCELERATE="1")
     launch.until(lambda: launch.steps >= 2)
     launch.find("accelerate.commands.launch").kill()
-    assert_failed(launch, STOP_S, "trainer: killed by SIGKILL", "/1000  reward")
+    assert_failed(launch, STOP_S, "trainer: killed by SIGKILL")
+    assert "/1000  reward" in "\n".join(launch.last_lines)
 
 
 def test_a_trainer_that_fails(start_with_server: Start) -> None:
-    launch = start_with_server(trainer="fails")
+    launch = start_with_server(trainer="fails", R1ZERO_REAL_ACCELERATE="1")
     launch.until(lambda: launch.steps >= 2)
-    assert_failed(launch, STOP_S, "trainer: exited with code 1", "ValueError: the stand-in's loss is nan")
-    assert launch.output.splitlines()[-1].strip().startswith("accelerate: the script returned non-zero")
+    assert_failed(launch, STOP_S, "trainer: exited with code 1: ValueError: the stand-in's loss is nan")
+    assert "accelerate: the script returned non-zero exit status 1" in "\n".join(launch.last_lines)
     assert "CalledProcessError" not in launch.output
 
 
@@ -471,3 +510,175 @@ def test_kill_9_of_the_launcher_with_a_server(start_with_server: Start) -> None:
     launch = start_with_server(server="ignores-sigterm")
     launch.until(lambda: launch.steps >= 2)
     assert_gone_after_kill_9(launch)
+
+
+# Started again as a pair
+
+
+def goes_on(launch: Launch, number: int, cause: str) -> None:
+    """Restart `number` is on record, for `cause`, on the terminal, and in status.json once the trainer is up again."""
+    launch.until(lambda: len(launch.restarts) >= number)
+    restart = launch.restarts[number - 1]
+    assert restart["restart"] == number and cause in restart["cause"]
+    launch.until(lambda: f"FAILED at step {restart['step']}: {restart['cause']}; restart {number} of" in launch.output)
+    launch.until(lambda: launch.output.count("starting the trainer") > number)
+    assert (read_json(launch.run_folder.status) or {})["restarts"] == number
+
+
+def assert_finished_after(launch: Launch, restarts: int) -> None:
+    assert launch.end(SLOW_S) == 0
+    assert launch.summary["outcome"] == "finished"
+    assert launch.summary["restarts"] == restarts
+    assert (read_json(launch.run_folder.status) or {})["restarts"] == restarts
+
+
+def kill_server(launch: Launch) -> None:
+    launch.find("stand_ins/vllm.py").kill()
+
+
+def stop_server(launch: Launch) -> None:
+    launch.find("stand_ins/vllm.py").send_signal(signal.SIGSTOP)
+
+
+def silence_server(launch: Launch) -> None:
+    (launch.folder / "silent").touch()
+
+
+def kill_trainer(launch: Launch) -> None:
+    launch.find("launch/grpo.py").kill()
+
+
+@pytest.mark.parametrize(
+    ("accident", "cause"),
+    [
+        pytest.param(kill_server, "server: killed by SIGKILL", id="server killed"),
+        pytest.param(stop_server, "server: made no token for 4 s: ", id="server stopped"),
+        pytest.param(silence_server, "server: made no token for 4 s: ", id="server silent"),
+        pytest.param(kill_trainer, "trainer: killed by SIGKILL", id="trainer killed"),
+    ],
+)
+def test_after_an_accident_both_go_on_from_the_newest_checkpoint(
+    start_with_server: Start, accident: Callable[[Launch], None], cause: str
+) -> None:
+    launch = start_with_server("--server_silence_timeout", "4", trainer="resumes", restarts=1)
+    launch.until(lambda: launch.steps >= 6)
+    before = [launch.find("stand_ins/vllm.py"), launch.find("launch/grpo.py"), launch.find("stand-in's engine")]
+    port = before[1].cmdline()[before[1].cmdline().index("--vllm_group_port") + 1]
+    began = time.monotonic()
+    accident(launch)
+    launch.until(lambda: launch.restarts)
+    assert time.monotonic() - began < 4 + STOP_S
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in before)
+    (launch.folder / "silent").unlink(missing_ok=True)
+    goes_on(launch, 1, cause)
+    assert_finished_after(launch, 1)
+    saved = int(launch.restarts[0]["checkpoint"].rpartition("-")[2])
+    assert saved >= 5
+    assert launch.restarts[0]["step"] >= saved
+    lines = list(launch.run_folder.read_metrics())
+    at = lines.index(launch.restarts[0])
+    assert [line["step"] for line in lines[at:] if line["kind"] == "step"] == [saved + 1, saved + 2, saved + 3]
+    assert launch.log("server").count("stand-in server: ") == 2
+    assert f"--vllm_group_port {port}" not in launch.log("trainer")
+
+
+def test_without_a_checkpoint_both_begin_again(start_with_server: Start) -> None:
+    launch = start_with_server(restarts=1)
+    launch.until(lambda: launch.steps >= 3)
+    kill_server(launch)
+    goes_on(launch, 1, "server: killed by SIGKILL")
+    assert "goes on from the beginning, there is no checkpoint" in launch.output
+    launch.until(lambda: [line["step"] for line in launch.run_folder.read_metrics() if line["kind"] == "step"][-1] < 3)
+    assert_interrupted(launch, SIGTERM)  # and a signal starts nothing again
+
+
+def test_the_same_error_at_the_same_step_ends_the_run(start_with_server: Start) -> None:
+    launch = start_with_server(trainer="fails", restarts=3)
+    launch.until(lambda: len(launch.restarts) == 1)
+    error = "trainer: exited with code 1: ValueError: the stand-in's loss is nan at 0x"
+    assert_failed(launch, SLOW_S, error, "(the same error at step 2 as before), its log: ")
+    assert [each["step"] for each in launch.summary["failures"]] == [2, 2]
+    assert f"attempt 1 came to step 2: {error}" in launch.output
+
+
+def test_restarts_are_used_up(start_with_server: Start) -> None:
+    launch = start_with_server(trainer="fails-later", restarts=2)
+    launch.until(lambda: len(launch.restarts) == 2)
+    assert_failed(launch, SLOW_S, "trainer: exited with code 1: ValueError", "(2 restarts used up), its log: ")
+    assert [each["step"] for each in launch.summary["failures"]] == [2, 4, 6]
+    assert [each["checkpoint"] for each in launch.restarts] == ["checkpoints/checkpoint-2", "checkpoints/checkpoint-4"]
+
+
+@pytest.mark.parametrize(("trainer", "code"), [("misconfigured", 2), ("refuses", 3)])
+def test_a_trainer_that_must_not_go_on_is_not_started_again(start_with_server: Start, trainer: str, code: int) -> None:
+    launch = start_with_server(trainer=trainer, restarts=3)
+    launch.until(lambda: launch.steps >= 2)
+    assert_failed(launch, STOP_S, f"trainer: exited with code {code}, its log: ")
+    assert launch.restarts == []
+
+
+def test_what_fails_before_the_first_step_is_not_tried_again(start_with_server: Start) -> None:
+    launch = start_with_server(server="port-taken", restarts=3)
+    launch.until(lambda: "starting the policy server" in launch.output)
+    why = "server: exited with code 1: OSError: [Errno 98] Address already in use (before the first step, so it is not"
+    assert_failed(launch, STOP_S, why)
+
+
+def test_during_an_update_of_its_weights_a_server_may_be_silent(start_with_server: Start) -> None:
+    launch = start_with_server("--server_silence_timeout", "2", "--publish_timeout", "8", restarts=0)
+    launch.until(lambda: launch.steps >= 2)
+    (launch.folder / "updating").touch()
+    time.sleep(5)
+    assert launch.popen.poll() is None
+    assert_failed(launch, 8 + STOP_S, "server: did not finish an update of its weights for 8 s")
+
+
+# The token and the folder that server and trainer share
+
+
+def assert_secret_kept(launch: Launch, token: str) -> None:
+    """It is in no file of the run, in no output, and in no command line of this machine."""
+    assert token not in launch.output
+    for file in launch.folder.rglob("*"):
+        if file.is_file():
+            assert token.encode() not in file.read_bytes(), file
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            assert token not in " ".join(process.cmdline()), process
+
+
+def test_the_token_is_in_the_environment_of_those_who_need_it_and_nowhere_else(start_with_server: Start) -> None:
+    launch = start_with_server(trainer="resumes", restarts=1)
+    launch.until(lambda: launch.steps >= 6)
+    secret = launch.secret
+    token, folder = secret[TOKEN], Path(secret[PUBLISH_FOLDER])
+    assert len(token) == 64
+    assert folder.stat().st_mode & 0o777 == 0o700 and folder.name.startswith("r1zero-")
+    assert sorted(path.name for path in folder.iterdir()) == ["of-the-server", "of-the-trainer"]
+    assert launch.find("launch/grpo.py").environ()[TOKEN] == token
+    assert f"told of {[TOKEN, PUBLISH_FOLDER]}" in launch.log("rehearsal")
+    assert "told of []" in launch.log("preflight")
+    holders = [each for each in launch.below() if TOKEN in each.environ()]
+    assert sorted(Path(each.cmdline()[1]).name for each in holders) == ["grpo.py", "vllm.py"]
+    assert_secret_kept(launch, token)
+    kill_trainer(launch)
+    goes_on(launch, 1, "trainer: killed by SIGKILL")
+    assert_finished_after(launch, 1)
+    assert_secret_kept(launch, token)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("ending", ["trainer killed", "ctrl-c", "launcher killed"])
+def test_the_publish_folder_is_gone_however_the_run_ends(start_with_server: Start, ending: str) -> None:
+    launch = start_with_server()
+    launch.until(lambda: launch.steps >= 2)
+    folder = Path(launch.secret[PUBLISH_FOLDER])
+    assert folder.is_dir()
+    if ending == "trainer killed":
+        kill_trainer(launch)
+        assert launch.end(STOP_S) == 1
+    elif ending == "ctrl-c":
+        assert_interrupted(launch, SIGINT)
+    else:
+        assert_gone_after_kill_9(launch)
+    assert not folder.exists()

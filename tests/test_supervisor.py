@@ -94,8 +94,31 @@ def test_a_failure_shows_the_last_lines_of_this_start_only(supervisor: Superviso
         supervisor.run(python("trainer", code), 20)
     assert (failed.value.name, failed.value.reason) == ("trainer", "exited with code 3")
     assert failed.value.last_lines == ("step 0", "step 1", "step 2", "step 3", "step 4", "20%")
-    assert str(failed.value).startswith(f"trainer: exited with code 3\nits log: {tmp_path}/logs/trainer.log\n")
-    assert str(failed.value).endswith("  step 4\n  20%")
+    assert str(failed.value) == f"trainer: exited with code 3, its log: {tmp_path}/logs/trainer.log"
+    assert failed.value.log_end.startswith(f"the last 6 lines of {tmp_path}/logs/trainer.log:\n  step 0\n")
+    assert failed.value.log_end.endswith("  step 4\n  20%")
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("Traceback (most recent call last):\n  File x\n    raise\nValueError: nan\nbye", "ValueError: nan"),
+        ("(EngineCore pid=7) Traceback (most recent call last):\n(EngineCore pid=7)   File x\n"
+         "(EngineCore pid=7) OSError: [Errno 98] Address already in use\nshutting down",
+         "OSError: [Errno 98] Address already in use"),
+        ("Traceback (most recent call last):\nOSError: disk full\nTraceback (most recent call last):\n  File y\n"
+         "RuntimeError: Engine core initialization failed. See root cause above.", "OSError: disk full"),
+        ("torch.OutOfMemoryError: CUDA out of memory.\nengine dead", "torch.OutOfMemoryError: CUDA out of memory."),
+        ("error: recipe.yaml: 1 fault, nothing was started", "recipe.yaml: 1 fault, nothing was started"),
+        ("step 1\nstep 2", ""),
+    ],
+)  # fmt: skip
+def test_the_error_that_a_log_ends_with_is_part_of_the_cause(supervisor: Supervisor, log: str, error: str) -> None:
+    with pytest.raises(ProcessFailed) as failed:
+        supervisor.run(python("trainer", f"import sys; print({log!r}); sys.exit(1)"), 20)
+    assert failed.value.error == error
+    assert failed.value.cause == "trainer: exited with code 1" + (f": {error}" if error else "")
+    assert "\n" not in str(failed.value)
 
 
 def test_of_a_long_log_thirty_lines_are_shown(supervisor: Supervisor) -> None:
@@ -130,7 +153,7 @@ def test_of_two_deaths_both_are_named_and_the_server_is_the_cause(supervisor: Su
     time.sleep(0.5)
     with pytest.raises(ProcessFailed) as failed:
         supervisor.check()
-    assert str(failed.value).startswith("server: exited with code 7\nthen trainer: exited with code 1\n")
+    assert str(failed.value).startswith("server: exited with code 7, then trainer: exited with code 1, its log: ")
 
 
 def test_a_death_that_follows_within_a_second_is_named_second(supervisor: Supervisor) -> None:
@@ -186,6 +209,66 @@ def test_a_grandchild_known_to_nothing_but_the_wardens_memory_is_ended(tmp_path:
         assert lives(pid)
     assert not lives(pid)
     assert str(pid) in (tmp_path / "logs/warden.log").read_text()
+
+
+def test_an_end_takes_all_of_some_and_leaves_the_others(supervisor: Supervisor, tmp_path: Path) -> None:
+    """What is ended had started one in a session of its own whose parent is dead, and one that nothing tells apart."""
+    supervisor.start(python("server-1", SLEEP))
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True)"
+    supervisor.start(python("server-10", spawning(tmp_path / "kept", options="start_new_session=True")))
+    supervisor.start(python("trainer", f"{orphan}\n{spawning(tmp_path / 'gone', options='env={}')}"))
+    kept, gone = pid_in(tmp_path / "kept"), pid_in(tmp_path / "gone")
+    before = {each.pid for each in psutil.process_iter() if lives(each.pid) and _of(each, supervisor)}
+    supervisor.end(["server-1", "never-started", "trainer"])
+    assert lives(kept) and not lives(gone)
+    left = {each.pid for each in psutil.process_iter() if lives(each.pid) and _of(each, supervisor)}
+    assert len(before) == 5 and len(left) == 2 and kept in left
+    supervisor.check()
+    supervisor.start(python("trainer", "pass"))
+    supervisor.wait("trainer", on_tick=lambda: None)
+
+
+def _of(process: psutil.Process, supervisor: Supervisor) -> bool:
+    with suppress(psutil.Error):
+        return process.environ().get("R1ZERO_RUN_ID", "").startswith(supervisor._run_id)
+    return False
+
+
+def test_a_stopped_process_does_not_take_the_grace(supervisor: Supervisor, tmp_path: Path) -> None:
+    supervisor.start(python("server", f"open({str(tmp_path / 'up')!r}, 'w')\n{SLEEP}"))
+    until((tmp_path / "up").exists, 20)
+    supervisor._started["server"].popen.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    supervisor.end(["server"])
+    assert time.monotonic() - began < 2.5  # of 3
+
+
+def test_more_env_is_for_that_process_alone(supervisor: Supervisor, tmp_path: Path) -> None:
+    show = "import os; print(os.environ.get('SECRET'))"
+    supervisor.run(python("trainer", show), 20, more_env={"SECRET": "s"})
+    supervisor.run(python("model", show), 20)
+    assert (tmp_path / "logs/trainer.log").read_text() == "s\n"
+    assert (tmp_path / "logs/model.log").read_text() == "None\n"
+
+
+def test_a_temporary_folder_is_ours_alone_in_the_first_place_that_takes_it_and_goes_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    with Supervisor(tmp_path) as supervisor:
+        folder = supervisor.temporary_folder((tmp_path / "absent", tmp_path / "place"))
+        (folder / "weights").write_text("w")
+        assert folder.parent == tmp_path / "place"
+        assert folder.stat().st_mode & 0o777 == 0o700
+        with pytest.raises(FileNotFoundError):
+            supervisor.temporary_folder((tmp_path / "absent",))
+    assert not folder.exists()
+
+
+def test_a_temporary_folder_goes_also_where_somebody_killed_the_warden(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        folder = supervisor.temporary_folder((tmp_path,))
+        (warden,) = children()
+        warden.kill()
+    assert not folder.exists()
 
 
 def test_the_stop_leaves_other_processes_alone(tmp_path: Path) -> None:

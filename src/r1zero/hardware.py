@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 
+from r1zero import policy_server
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -33,7 +35,7 @@ class Node:
 class Hardware:
     """The machines of a run.
 
-    >>> hardware = assumed("1x2:80", ports=(29500, 29501, 29502))
+    >>> hardware = assumed("1x2:80", ports=(29500, 29501, 29502, 29503))
     >>> len(hardware.nodes), hardware.gpus_per_node
     (1, 2)
 
@@ -41,11 +43,13 @@ class Hardware:
         nodes: this machine, or those of the Slurm job.
         ports: TCP ports that were free on the first node when it was looked at.
         torch_cpu_only: the installed torch is a CPU build, whatever GPUs there are.
+        cpu_server: vLLM's CPU build is installed, so that a policy server can run without a GPU.
     """
 
     nodes: tuple[Node, ...]
     ports: tuple[int, ...]
     torch_cpu_only: bool = False
+    cpu_server: bool = False
 
     @property
     def gpus_per_node(self) -> int:
@@ -62,8 +66,9 @@ def detect() -> Hardware:
     hosts = _slurm_hosts() or (socket.gethostname(),)
     return Hardware(
         nodes=tuple(Node(host, gpus) for host in hosts),
-        ports=free_ports(3),
+        ports=free_ports(_ports_needed(len(gpus))),
         torch_cpu_only=_torch_cpu_only(),
+        cpu_server=policy_server.cpu_server_available(),
     )
 
 
@@ -80,8 +85,14 @@ def assumed(text: str, ports: tuple[int, ...] | None = None) -> Hardware:
     name = "assumed GPU"
     node_gpus = tuple(Gpu(name, memory) for _ in range(gpus))
     return Hardware(
-        nodes=tuple(Node(f"node{i}", node_gpus) for i in range(nodes)), ports=ports if ports else free_ports(3)
+        nodes=tuple(Node(f"node{i}", node_gpus) for i in range(nodes)),
+        ports=ports if ports else free_ports(_ports_needed(gpus)),
     )
+
+
+def _ports_needed(gpus: int) -> int:
+    """Two for the trainer's processes and the weights on their way, and one for each policy server there can be."""
+    return 2 + max(1, gpus)
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> tuple[int, ...]:

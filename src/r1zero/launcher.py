@@ -1,9 +1,12 @@
 """The one command, top to bottom: recipe, plan, run folder, processes, end. ``launch/run.py`` only calls `main`."""
 
 import argparse
+import os
+import secrets
+import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +22,14 @@ if TYPE_CHECKING:
     from r1zero.plan import Plan, Process
     from r1zero.preflight.findings import Finding
     from r1zero.reporting.display import Display
+    from r1zero.restarts import Failure
     from r1zero.run_folder import RunFolder
     from r1zero.supervisor import Supervisor
     from r1zero.tasks.selection import Selection
 
 PREPARATION_TIMEOUT_S = 900.0
+MEMORY_FOLDER = Path("/dev/shm")
+LEAST_MEMORY_BYTES = 2**30  # a container gets 64 MiB by default, which weights do not fit into
 
 
 def main(project: Path) -> int:
@@ -105,6 +111,7 @@ def _carry_out(planned: "Plan", folder: "RunFolder", project: Path, console: "Co
     """Start what the plan says, watch it to its end, stop everything; say how it ended."""
     from r1zero import run_folder
     from r1zero.reporting.display import Display
+    from r1zero.restarts import RunFailed
     from r1zero.supervisor import SIGNALS, Interrupted, ProcessFailed, Supervisor
 
     began = time.monotonic()
@@ -117,8 +124,12 @@ def _carry_out(planned: "Plan", folder: "RunFolder", project: Path, console: "Co
             run_folder.write_json(folder.versions, run_folder.versions(project, gpus))
             console.print(planned.render(), markup=False, soft_wrap=True)
             with Display(console, folder) as display:
-                _run_processes(planned, supervisor, display)
+                _run_processes(planned, folder, supervisor, display)
+    except RunFailed as error:
+        errors.print(error.error.log_end)
+        return _ended_badly(folder, "failed", str(error), 1, errors, error.failures)
     except ProcessFailed as error:
+        errors.print(error.log_end)
         return _ended_badly(folder, "failed", str(error), 1, errors)
     except Interrupted as error:
         return _ended_badly(folder, "interrupted", str(error), 128 + error.signum, errors)
@@ -129,40 +140,156 @@ def _carry_out(planned: "Plan", folder: "RunFolder", project: Path, console: "Co
     return 0
 
 
-def _run_processes(planned: "Plan", supervisor: "Supervisor", display: "Display") -> None:
-    """Preparations to their end, then the policy server until it is ready, then the trainer to its end."""
-    from r1zero.policy_server import ServerNotReady, wait_until_ready
-    from r1zero.reporting.progress import duration
+def _run_processes(planned: "Plan", folder: "RunFolder", supervisor: "Supervisor", display: "Display") -> None:
+    """Preparations to their end; then policy servers and trainer, again after a failure, to the trainer's end."""
+    from r1zero import hardware, restarts, run_folder
+    from r1zero.supervisor import ProcessFailed, visible_gpus
 
-    folder = planned.run_folder
     for process in planned.preparations:
         _run_to_its_end(process, planned, supervisor, display)
-    if planned.server and planned.server_url:
-        display.say(f"starting the policy server, log {folder / planned.server.log}")
-        supervisor.start(planned.server)
+    shared = _shared_secrets(planned, supervisor)
+    pair = (*planned.servers, planned.trainer)
+    gpus = visible_gpus(
+        tuple(sorted({gpu for each in pair for gpu in each.gpus})), os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+    memory = restarts.memory_used(gpus) if gpus else ()
+    counted = restarts.Restarts(planned.recipe.own.max_restarts if planned.servers else 0)
+    rehearsal, trainer = planned.rehearsal, planned.trainer
+    while True:
         try:
-            waited = wait_until_ready(
-                planned.server_url,
+            _start_servers(planned, shared, supervisor, display)
+            if rehearsal:
+                _run_to_its_end(rehearsal, planned, supervisor, display, shared)
+            _train(trainer, planned, shared, supervisor, display)
+        except ProcessFailed as error:
+            failure = counted.after(error, restarts.last_step(folder))
+            supervisor.end([each.name for each in pair])
+            checkpoint = run_folder.newest_checkpoint(folder)
+            _record_restart(folder, failure, len(counted.failures), counted.most, checkpoint)
+            display.finish()
+            if not restarts.wait_until_released(gpus, memory, supervisor.check):
+                display.say("GPU memory of the processes that ended is still in use; going on all the same")
+            trainer = restarts.resuming(planned.trainer, checkpoint, hardware.free_ports(1)[0])
+            rehearsal = None  # it has told what it had to tell
+        else:
+            display.finish()
+            return
+
+
+def _shared_secrets(planned: "Plan", supervisor: "Supervisor") -> dict[str, str]:
+    """What servers, rehearsal and trainer know of each other, for their environment alone: no file and no argv has it.
+
+    The token and the folder are made here for servers of ours; for one that runs already, whoever started it puts its
+    own into the launcher's environment, from where no other process inherits them.
+    """
+    from r1zero.serving import PUBLISH_FOLDER, TOKEN
+
+    given = {name: os.environ.pop(name) for name in (TOKEN, PUBLISH_FOLDER) if name in os.environ}
+    if not planned.servers:
+        return given if planned.server_urls else {}
+    roomy = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free >= LEAST_MEMORY_BYTES
+    places = (MEMORY_FOLDER, planned.run_folder) if roomy else (planned.run_folder,)
+    return {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(supervisor.temporary_folder(places))}
+
+
+def _start_servers(planned: "Plan", shared: dict[str, str], supervisor: "Supervisor", display: "Display") -> None:
+    """Start the policy servers and return once each has generated a token; at once where there are none."""
+    from r1zero.policy_server import ServerNotReady, wait_until_ready
+    from r1zero.reporting.progress import duration
+    from r1zero.serving import TOKEN
+
+    began = time.monotonic()
+    for server in planned.servers:
+        display.say(f"starting the policy {server.name}, log {planned.run_folder / server.log}")
+        supervisor.start(server, shared)
+    for server, url in zip(planned.servers, planned.server_urls if planned.servers else (), strict=True):
+        try:
+            wait_until_ready(
+                url,
+                token=shared[TOKEN],
                 deadline_s=planned.recipe.own.server_ready_timeout,
                 check=supervisor.check,
-                on_tick=lambda seconds: display.now(f"policy server is starting, {duration(seconds)}"),
+                on_tick=lambda _: display.now(f"policy server is starting, {duration(time.monotonic() - began)}"),
             )
         except ServerNotReady as error:
-            raise supervisor.failed(planned.server.name, str(error)) from error
-        display.say(f"policy server ready after {duration(waited)}")
-    if planned.rehearsal:
-        _run_to_its_end(planned.rehearsal, planned, supervisor, display)
-    display.say(f"starting the trainer, log {folder / planned.trainer.log}")
-    supervisor.start(planned.trainer)
-    supervisor.wait(planned.trainer.name, on_tick=display.tick)
-    display.finish()
+            raise supervisor.failed(server.name, str(error)) from error
+        display.say(f"policy {server.name} ready after {duration(time.monotonic() - began)}")
 
 
-def _run_to_its_end(process: "Process", planned: "Plan", supervisor: "Supervisor", display: "Display") -> None:
+def _train(
+    trainer: "Process", planned: "Plan", shared: dict[str, str], supervisor: "Supervisor", display: "Display"
+) -> None:
+    """Start the trainer and wait until it is done, with an eye on the policy servers."""
+    display.say(f"starting the trainer, log {planned.run_folder / trainer.log}")
+    supervisor.start(trainer, shared)
+    with _watched(planned, shared, supervisor) as check:
+
+        def tick() -> None:
+            check()
+            display.tick()
+
+        supervisor.wait(trainer.name, on_tick=tick)
+
+
+@contextmanager
+def _watched(planned: "Plan", shared: dict[str, str], supervisor: "Supervisor") -> "Iterator[Callable[[], None]]":
+    """What raises ProcessFailed when a policy server of ours has gone silent."""
+    if not planned.servers:
+        yield lambda: None
+        return
+    from r1zero.policy_client import PolicyClient
+    from r1zero.serving import TOKEN
+    from r1zero.watch import Silent, Watch
+
+    own = planned.recipe.own
+    urls = {server.name: url for server, url in zip(planned.servers, planned.server_urls, strict=True)}
+    client = PolicyClient(
+        planned.server_urls,
+        shared[TOKEN],
+        generation_timeout_s=own.server_silence_timeout,
+        control_timeout_s=own.server_silence_timeout / 3,
+    )
+    with client, Watch(urls, client, own.server_silence_timeout, own.publish_timeout) as watch:
+
+        def check() -> None:
+            try:
+                watch.check()
+            except Silent as error:
+                raise supervisor.failed(error.name, str(error)) from error
+
+        yield check
+
+
+def _record_restart(folder: "RunFolder", failure: "Failure", number: int, most: int, checkpoint: Path | None) -> None:
+    """Into metrics.jsonl, from where the display reads it, and status.json."""
+    from r1zero import run_folder
+
+    line = {
+        "kind": "restart",
+        "time": time.time(),
+        "restart": number,
+        "most": most,
+        "step": failure.step,
+        "cause": failure.cause,
+        "checkpoint": None if checkpoint is None else str(checkpoint.relative_to(folder.path)),
+    }
+    run_folder.drop_half_line(folder.metrics)
+    run_folder.append_json_line(folder.metrics, line)
+    status = {"phase": "restarting server and trainer", "done": 0, "total": 0, "seconds_left": None}
+    run_folder.write_json(folder.status, {**status, "restarts": number, "time": time.time()})
+
+
+def _run_to_its_end(
+    process: "Process",
+    planned: "Plan",
+    supervisor: "Supervisor",
+    display: "Display",
+    shared: dict[str, str] | None = None,
+) -> None:
     """Run a preparation, and say what a check found."""
     log = planned.run_folder / process.log
     display.now(f"{process.name}: {log}")
-    supervisor.run(process, PREPARATION_TIMEOUT_S, on_tick=display.tick)
+    supervisor.run(process, PREPARATION_TIMEOUT_S, on_tick=display.tick, more_env=shared)
     if process.name != "model":
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             display.say(line)
@@ -173,7 +300,8 @@ def _ended_well(folder: "RunFolder", seconds: float, console: "Console") -> None
     from r1zero.reporting.progress import duration
     from r1zero.run_folder import read_json, write_json
 
-    summary = {**(read_json(folder.summary) or {}), "seconds_in_all": round(seconds, 1)}
+    restarts = sum(line["kind"] == "restart" for line in folder.read_metrics())
+    summary = {**(read_json(folder.summary) or {}), "seconds_in_all": round(seconds, 1), "restarts": restarts}
     write_json(folder.summary, summary)
     console.print()
     console.print(ending(summary))
@@ -188,11 +316,24 @@ def _ended_well(folder: "RunFolder", seconds: float, console: "Console") -> None
             console.print(f"  {what:<22}{where}", markup=False, soft_wrap=True)
 
 
-def _ended_badly(folder: "RunFolder", outcome: str, reason: str, code: int, errors: "Console") -> int:
-    """Write the reason into the run folder, and say it last, so that it is what a log ends with."""
+def _ended_badly(
+    folder: "RunFolder",
+    outcome: str,
+    reason: str,
+    code: int,
+    errors: "Console",
+    failures: "tuple[Failure, ...]" = (),
+) -> int:
+    """Write the reason into the run folder, and say it in the very last line, which is where a log is looked at."""
+    from dataclasses import asdict
+
     from r1zero.run_folder import write_json
 
-    write_json(folder.summary, {"outcome": outcome, "reason": reason})
+    ending = {"outcome": outcome, "reason": reason}
+    write_json(folder.summary, {**ending, "failures": [asdict(each) for each in failures]} if failures else ending)
+    if len(failures) > 1:
+        for number, failure in enumerate(failures, 1):
+            errors.print(f"attempt {number} came to step {failure.step}: {failure.cause}")
     errors.print(f"run folder: {folder.path}")
     errors.print(f"error: the run {'was interrupted' if outcome == 'interrupted' else 'failed'}: {reason}")
     return code

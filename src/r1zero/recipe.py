@@ -19,6 +19,7 @@ import yaml
 
 from r1zero import library_keys
 from r1zero.library_keys import LibraryKey
+from r1zero.policy_server import LORA_RANKS
 from r1zero.removed_keys import REMOVED
 from r1zero.tasks import prompts, rewards, rows, sources
 from r1zero.tasks.answers import ANSWER_CHOICES, ANSWER_FORMATS
@@ -31,6 +32,7 @@ from r1zero.tasks.verifier import ANSWER_MATCHES, Verifier
 METHODS = ("grpo", "sft")
 PUBLISH_ROUTES = ("auto", "adapter", "nccl", "shared_memory")
 SERVER_BASES = ("rounded", "unrounded", "vllm_4bit")
+UNSERVED_MODULES = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out")  # with an adapter
 TAGGED_TASKS = ("arithmetic", "gsm8k")  # where neither recipe nor template says how an answer is given
 TINY_MODEL = "r1zero/tiny-arithmetic"
 
@@ -568,7 +570,7 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         remedy = f"did you mean {inside}?" if (inside / "config.json").is_file() else "mend the path"
         yield Fault("model_name_or_path", model, "no such model folder (no config.json in it)", remedy)
     yield from _impossible_data(recipe)
-    for key, least in (("max_prompt_tokens", 1), ("eval_count", 0), ("eval_samples", 1), ("server_gpus", 1)):
+    for key, least in (("max_prompt_tokens", 1), ("eval_count", 0), ("eval_samples", 1), ("server_gpus", 0)):
         value = getattr(own, key)
         if value is not None and value < least:
             yield Fault(key, value, f"must be at least {least}", "raise it, or leave it out for the default")
@@ -576,8 +578,17 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("trainer_gpus", own.trainer_gpus, "cannot be negative", "0 trains on the CPU")
     if own.eval_temperature < 0:
         yield Fault("eval_temperature", own.eval_temperature, "cannot be negative", "0 is greedy, 1 samples as trained")
-    if own.server_ready_timeout <= 0:
-        yield Fault("server_ready_timeout", own.server_ready_timeout, "must be positive", "600 seconds is the default")
+    for key in ("server_ready_timeout", "server_silence_timeout", "generation_timeout", "publish_timeout"):
+        if getattr(own, key) <= 0:
+            default = own_keys()[key].default
+            yield Fault(key, getattr(own, key), "must be positive", f"{default:g} seconds is the default")
+    if own.max_restarts < 0:
+        yield Fault("max_restarts", own.max_restarts, "cannot be negative", "0 never starts them again")
+    if own.probe_tolerance <= 0:
+        why = "must be positive: two programs never agree to the last bit"
+        yield Fault("probe_tolerance", own.probe_tolerance, why, f"{own_keys()['probe_tolerance'].default} is usual")
+    if own.gpu_memory_limit is not None and own.gpu_memory_limit <= 0:
+        yield Fault("gpu_memory_limit", own.gpu_memory_limit, "must be positive", "leave it out for all of the GPU")
     try:
         prompts.template(own.prompt_template)
     except TemplateError as error:
@@ -767,18 +778,63 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
             yield Fault(
                 key, getattr(recipe.own, key), "is a share, from 0 to 1", f"{own_keys()[key].default} is the default"
             )
-    if recipe.dedicated_server and (recipe["load_in_4bit"] or recipe["load_in_8bit"]):
-        why = "TRL's server mode merges the adapter into the base, which quantized weights do not allow (trl#4973)"
-        yield Fault("vllm_mode", "server", why, "use vllm_mode: colocate or use_vllm: false")
-    if not recipe.dedicated_server and recipe.own.server_gpus is not None:
-        why = "this recipe starts no policy server"
-        yield Fault("server_gpus", recipe.own.server_gpus, why, "add use_vllm: true and vllm_mode: server, or drop it")
+    yield from _impossible_serving(recipe)
     if recipe["vllm_server_base_url"] is not None and not recipe.dedicated_server:
         why = "without use_vllm: true and vllm_mode: server nothing would talk to it"
         yield Fault("vllm_server_base_url", recipe["vllm_server_base_url"], why, "add both keys, or drop this one")
     if recipe["eval_strategy"] not in ("no", "steps"):
         why = "held-out accuracy is measured by steps"
         yield Fault("eval_strategy", recipe["eval_strategy"], why, "use steps with eval_steps, or no")
+
+
+def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
+    """What no policy server can do, or would do without effect."""
+    own = recipe.own
+    if recipe["vllm_tensor_parallel_size"] < 1:
+        yield Fault(
+            "vllm_tensor_parallel_size", recipe["vllm_tensor_parallel_size"], "must be at least 1", "1 is usual"
+        )
+    if not recipe.dedicated_server:
+        for key in ("server_gpus", "publish", "server_base", "gpu_memory_limit"):
+            if getattr(own, key) != own_keys()[key].default:
+                why = "this recipe starts no policy server"
+                yield Fault(key, getattr(own, key), why, "add use_vllm: true and vllm_mode: server, or drop it")
+        return
+    if recipe["load_in_8bit"]:
+        why = "a policy server cannot serve these 8-bit weights, and any others would be another policy"
+        yield Fault("load_in_8bit", True, why, "use load_in_4bit: true, or use_vllm: false")
+    if own.server_base != own_keys()["server_base"].default and not recipe["load_in_4bit"]:
+        why = "would have no effect: server and trainer have the same weights unless load_in_4bit rounds the trainer's"
+        yield Fault("server_base", own.server_base, why, "leave it out, or add load_in_4bit: true and use_peft: true")
+    if own.publish == "adapter" and not recipe["use_peft"]:
+        yield Fault("publish", own.publish, "without use_peft there is no adapter", "use auto, or add use_peft: true")
+    if own.publish in ("nccl", "shared_memory") and recipe["use_peft"]:
+        why = "sends all weights, and with use_peft only those of the adapter change"
+        yield Fault("publish", own.publish, why, "use publish: adapter, or auto")
+    if recipe["use_peft"]:
+        yield from _unservable_adapter(recipe)
+
+
+def _unservable_adapter(recipe: Recipe) -> Iterable[Fault]:
+    """Adapters that PEFT can train and vLLM cannot serve."""
+    most = LORA_RANKS[-1]
+    if not 1 <= recipe["lora_r"] <= most:
+        yield Fault("lora_r", recipe["lora_r"], f"vLLM serves adapters of ranks up to {most}", "16 to 64 is usual")
+    targets = recipe["lora_target_modules"] or ()
+    unserved = [name for name in targets if name.rpartition(".")[2] in UNSERVED_MODULES]
+    if unserved:
+        why = f"vLLM cannot serve an adapter on {', '.join(unserved)}"
+        yield Fault("lora_target_modules", targets, why, "leave that out; the projections of the layers can have one")
+    for key, what in (
+        ("lora_modules_to_save", "whole modules beside the adapter"),
+        ("lora_target_parameters", "an adapter on single parameters"),
+        ("use_dora", "DoRA's magnitudes"),
+    ):
+        if recipe[key]:
+            remedy = f"leave {key} out, or use_vllm: false"
+            yield Fault(
+                key, recipe[key], f"vLLM cannot serve {what}, the policy server would be another policy", remedy
+            )
 
 
 def _impossible_rewards(recipe: Recipe) -> Iterable[Fault]:

@@ -6,9 +6,11 @@ Every file but the append-only ones is written aside and renamed, so that a read
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -55,7 +57,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, in the order of time: ``kind`` is "phase", "step" or "evaluation"."""
+        """One JSON object a line, in the order of time: ``kind`` is phase, step, evaluation, alert or restart."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -144,6 +146,59 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
     """Append one line in one write, so that a reader sees whole lines."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a writer that was killed left of a line, so that the next line begins where one begins."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def newest_checkpoint(folder: RunFolder) -> Path | None:
+    """The complete checkpoint of the highest step, None where there is none.
+
+    Complete: the trainer's state, weights of the model or adapter, optimizer, scheduler and random states are there,
+    and none of them was cut off while it was written, as far as their own tables of contents tell.
+    """
+    found = {}
+    for path in folder.checkpoints.glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            found[int(match[1])] = path
+    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step], step)), None)
+
+
+def _is_complete(checkpoint: Path, step: int) -> bool:
+    try:
+        if read_json(checkpoint / "trainer_state.json")["global_step"] != step:
+            return False
+        weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
+        for index in checkpoint.glob("model.safetensors.index.json"):
+            weights += [checkpoint / name for name in read_json(index)["weight_map"].values()]
+        tensors = [*_optimizer_files(checkpoint), checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+        has_random_states = tensors[-1].name.startswith("rng_state")
+        whole = all(map(_is_whole_safetensors, set(weights))) and all(map(zipfile.is_zipfile, tensors))
+        return bool(weights) and has_random_states and whole
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _optimizer_files(checkpoint: Path) -> list[Path]:
+    """Where the optimizer's state is: in one file, or in DeepSpeed's of each process, which `latest` leads to."""
+    latest = checkpoint / "latest"
+    if latest.exists():
+        shards = sorted((checkpoint / latest.read_text(encoding="utf-8").strip()).glob("*_optim_states.pt"))
+        return shards or [latest]
+    return [checkpoint / "optimizer.pt"]
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def versions(project: Path, gpus: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -7,13 +7,16 @@ a small process (this file, run as a script) that waits on a pipe from the launc
 """
 
 import os
+import re
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +36,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 UNKILLABLE_S = 10.0  # a process that outlives SIGKILL by this is stuck in the kernel, and waiting on is no use
 WARDEN_GRACE_S = 4.0
 WARDEN_LOOK_S = 2.0
+FOLDER_PREFIX = "r1zero-"
+TRACEBACK = "Traceback (most recent call last):"
+ERROR = re.compile(r"(\([^)]*\) )?(?P<error>error|[A-Za-z_][\w.]*(Error|Exception)): ")
+SAYS_LITTLE = ("See root cause above", "ChildFailedError")  # vLLM's and torch elastic's last words: the cause is above
+ERROR_CHARACTERS = 400
+SCRIPT_ENDED = "accelerate: the script "
 
 
 class ProcessFailed(Exception):
-    """A process of the run ended, or did not end, as it should. `str` says which, why, where its log is, and its end.
+    """A process of the run ended, or did not end, as it should. `str` is one line: which, why, and where its log is.
 
     Attributes:
         name: of the process that failed first.
@@ -44,16 +53,35 @@ class ProcessFailed(Exception):
         log: the file that holds its output.
         last_lines: the end of that file.
         others: what else failed within the same second, one sentence each.
+        error: the exception that its log ends with, where it exited with a code; else empty.
     """
 
     def __init__(
-        self, name: str, reason: str, log: Path, last_lines: tuple[str, ...] = (), others: tuple[str, ...] = ()
+        self,
+        name: str,
+        reason: str,
+        log: Path,
+        last_lines: tuple[str, ...] = (),
+        others: tuple[str, ...] = (),
+        error: str = "",
     ) -> None:
         self.name, self.reason, self.log, self.last_lines, self.others = name, reason, log, last_lines, others
-        lines = [f"{name}: {reason}", *(f"then {each}" for each in others), f"its log: {log}"]
-        if last_lines:
-            lines += [f"its last {len(last_lines)} lines:", *(f"  {line}" for line in last_lines)]
-        super().__init__("\n".join(lines))
+        self.error = error
+        super().__init__(f"{self.cause}, its log: {log}")
+
+    @property
+    def cause(self) -> str:
+        """What failed and why, in one line."""
+        why = " ".join(self.reason.split()) + (f": {self.error}" if self.error else "")
+        return ", then ".join([f"{self.name}: {why}", *self.others])
+
+    @property
+    def log_end(self) -> str:
+        """The last lines of its log, under a heading; empty where it wrote none."""
+        if not self.last_lines:
+            return ""
+        heading = f"the last {len(self.last_lines)} lines of {self.log}:"
+        return "\n".join([heading, *(f"  {line}" for line in self.last_lines)])
 
 
 class Interrupted(Exception):
@@ -82,13 +110,14 @@ class _Seen:
 class _Tree:
     """The living processes that belong to what was started.
 
-    A process belongs when it carries the run's id in its environment, when its session was opened by a process that
-    belongs, when its parent belongs, or when it was seen to belong before (its parent may be dead by now). Processes
-    are compared as psutil compares them, by pid and start: a pid that was used again is not taken for the old one.
+    A process belongs when the mark in its environment begins with the tree's own (the run's id, for one process of the
+    run with its name after it), when its session was opened by a process that belongs, when its parent belongs, or when
+    it was seen to belong before (its parent may be dead by now). Processes are compared as psutil compares them, by pid
+    and start: a pid that was used again is not taken for the old one.
     """
 
-    def __init__(self, run_id: str | None, apart: frozenset[int]) -> None:
-        self._run_id, self._apart = run_id, apart
+    def __init__(self, mark: str, apart: frozenset[int]) -> None:
+        self._mark, self._apart = mark, apart
         self._known: dict[int, psutil.Process | None] = {}
 
     def add(self, pid: int) -> None:
@@ -99,7 +128,7 @@ class _Tree:
 
     def living(self) -> list[psutil.Process]:
         """Those that live now; zombies do not."""
-        here = {pid: seen for pid, seen in _look(self._run_id) if pid not in self._apart}
+        here = {pid: seen for pid, seen in _look(self._mark) if pid not in self._apart}
         members: dict[int, psutil.Process] = {}
         while new := {pid: seen for pid, seen in here.items() if pid not in members and self._belongs(pid, here)}:
             members |= {pid: seen.process for pid, seen in new.items()}
@@ -115,13 +144,13 @@ class _Tree:
         return pid in here and self._known.get(pid) == here[pid].process
 
 
-def _look(run_id: str | None) -> Iterator[tuple[int, _Seen]]:
+def _look(mark: str) -> Iterator[tuple[int, _Seen]]:
     for pid in psutil.pids():
         with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             process = psutil.Process(pid)
             with process.oneshot():
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    marked = run_id is not None and _environment(process).get(RUN_ID) == run_id
+                    marked = _environment(process).get(RUN_ID, "").startswith(mark)
                     yield pid, _Seen(process, process.ppid(), os.getsid(pid), marked)
 
 
@@ -150,6 +179,7 @@ def _end(tree: _Tree, grace_s: float, hurry: Callable[[], bool] = lambda: False)
                 elif process not in asked:
                     asked.add(process)
                     process.terminate()
+                    process.resume()  # one that was stopped (SIGSTOP) would not take the signal before it is killed
         if living:
             time.sleep(POLL_S)
     return []
@@ -176,7 +206,9 @@ class _Started:
         return f"exited with code {code}" + (", and it should have stayed up" if code == 0 else "")
 
     def failed(self, reason: str, others: tuple[str, ...] = ()) -> ProcessFailed:
-        return ProcessFailed(self.process.name, reason, self.log, _last_lines(self.log, self.log_start), others)
+        lines = _lines(self.log, self.log_start)
+        error = _error_in(lines) if reason.startswith("exited ") else ""
+        return ProcessFailed(self.process.name, reason, self.log, lines[-LAST_LINES:], others, error)
 
 
 class Supervisor:
@@ -200,6 +232,7 @@ class Supervisor:
         self._run_folder, self._stop_grace_s = run_folder, stop_grace_s
         self._run_id = secrets.token_hex(8)
         self._started: dict[str, _Started] = {}
+        self._folders: list[Path] = []
         self._handlers: dict[signal.Signals, Any] = {}
         self._interrupt: int | None = None
         self._holding = self._stopping = self._hurry = False
@@ -208,7 +241,7 @@ class Supervisor:
         self._warden_log = self._run_folder / "logs" / "warden.log"
         self._warden_log.parent.mkdir(parents=True, exist_ok=True)
         self._warden, self._warden_pipe = _start_warden(self._run_id, self._warden_log, self._run_folder)
-        self._all = _Tree(self._run_id, frozenset({os.getpid(), self._warden.pid}))
+        self._all = _Tree(f"{self._run_id}/", frozenset({os.getpid(), self._warden.pid}))
         for each in SIGNALS:
             self._handlers[each] = signal.signal(each, self._on_signal)
         return self
@@ -222,12 +255,29 @@ class Supervisor:
             for each, handler in self._handlers.items():
                 signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
-    def start(self, process: "Process", must_stay: bool | None = None) -> None:
+    def temporary_folder(self, places: Sequence[Path]) -> Path:
+        """A fresh folder that only this user can enter, in the first of `places` that takes one.
+
+        It is deleted when everything has been stopped, also where the launcher is killed.
+
+        Raises:
+            OSError: when none of `places` takes one.
+        """
+        with self._signals_held():
+            folder = Path(_made_in(places)).absolute()
+            self._folders.append(folder)
+            self._tell_warden(str(folder))
+            return folder
+
+    def start(
+        self, process: "Process", more_env: Mapping[str, str] | None = None, must_stay: bool | None = None
+    ) -> None:
         """Start `process` in a session of its own, its output appended to its log.
 
         Args:
             process: what to start.
-            must_stay: its end is a failure even with exit code 0. Left out, that holds for the one named "server".
+            more_env: variables on top of those of `process`, such as a secret, which no plan may hold.
+            must_stay: its end is a failure even with exit code 0. Left out, that holds for the policy servers.
 
         Raises:
             ProcessFailed: when there is no such command, or no such GPU.
@@ -239,7 +289,8 @@ class Supervisor:
             gpus = visible_gpus(process.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         except ValueError as error:
             raise ProcessFailed(process.name, f"could not be started: {error}", log) from error
-        env = {**os.environ, **dict(process.env), "CUDA_VISIBLE_DEVICES": gpus, RUN_ID: self._run_id}
+        mark = f"{self._run_id}/{process.name}/"
+        env = {**os.environ, **dict(process.env), **(more_env or {}), "CUDA_VISIBLE_DEVICES": gpus, RUN_ID: mark}
         with self._signals_held(), log.open("ab") as output:
             log_start = output.tell()
             try:
@@ -254,25 +305,42 @@ class Supervisor:
             except OSError as error:
                 why = f"could not be started: {error.strerror}: {error.filename or process.argv[0]}"
                 raise ProcessFailed(process.name, why, log) from error
-            tree = _Tree(None, frozenset({os.getpid(), self._warden.pid}))
+            tree = _Tree(mark, frozenset({os.getpid(), self._warden.pid}))
             tree.add(popen.pid)
             self._all.add(popen.pid)
-            stay = process.name == "server" if must_stay is None else must_stay
+            stay = process.name.startswith("server") if must_stay is None else must_stay
             self._started[process.name] = _Started(process, popen, tree, log, log_start, stay)
-            with suppress(BrokenPipeError):  # someone killed the warden: the launcher itself still cleans up
-                os.write(self._warden_pipe, f"{popen.pid}\n".encode())
+            self._tell_warden(str(popen.pid))
 
     def failed(self, name: str, reason: str) -> ProcessFailed:
         """The error that says `reason` of the process called `name`, with its log and the end of it."""
         return self._started[name].failed(reason)
 
-    def run(self, process: "Process", deadline_s: float, on_tick: Callable[[], None] | None = None) -> None:
+    def end(self, names: Sequence[str]) -> None:
+        """End the processes of these `names` and all that they left, the last first, and forget them; others stay.
+
+        A name that was not started is passed over.
+        """
+        for name in reversed(names):
+            if name in self._started:
+                started = self._started[name]
+                _end(started.tree, self._stop_grace_s, lambda: self._hurry)
+                started.popen.poll()
+                del self._started[name]
+
+    def run(
+        self,
+        process: "Process",
+        deadline_s: float,
+        on_tick: Callable[[], None] | None = None,
+        more_env: Mapping[str, str] | None = None,
+    ) -> None:
         """Start `process` and wait until it exits with 0.
 
         Raises:
             ProcessFailed: when it fails, or has not ended after `deadline_s`.
         """
-        self.start(process, must_stay=False)
+        self.start(process, more_env, must_stay=False)
         self.wait(process.name, on_tick or (lambda: None), deadline_s=deadline_s)
 
     def check(self) -> None:
@@ -332,6 +400,8 @@ class Supervisor:
             _end(started.tree, self._stop_grace_s, lambda: self._hurry)
             started.popen.poll()  # so that no zombie stays
         left = _end(self._all, self._stop_grace_s, lambda: self._hurry)
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(self._warden_pipe)
         try:
             self._warden.wait(WARDEN_GRACE_S + UNKILLABLE_S)
@@ -341,6 +411,10 @@ class Supervisor:
         if self._warden_log.exists() and not self._warden_log.stat().st_size:
             self._warden_log.unlink()
         return tuple(each.pid for each in left)
+
+    def _tell_warden(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # someone killed the warden: the launcher itself still cleans up
+            os.write(self._warden_pipe, f"{line}\n".encode())
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._stopping or self._interrupt is not None:
@@ -379,6 +453,13 @@ def visible_gpus(gpus: tuple[int, ...], own: str | None) -> str:
     return ",".join(entries[index] for index in gpus)
 
 
+def _made_in(places: Sequence[Path]) -> str:
+    for place in places[:-1]:
+        with suppress(OSError):
+            return tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place)
+    return tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=places[-1])
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -386,14 +467,29 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _last_lines(log: Path, start: int) -> tuple[str, ...]:
+def _lines(log: Path, start: int) -> tuple[str, ...]:
     """The end of what was written after `start`; of a progress bar, its last state."""
     with suppress(OSError), log.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(start, end - 64 * 1024))
         lines = file.read().decode(errors="replace").rstrip().split("\n")
-        return tuple(_own([line.rstrip().rpartition("\r")[2] for line in lines if line.strip()])[-LAST_LINES:])
+        return tuple(_own([line.rstrip().rpartition("\r")[2] for line in lines if line.strip()]))
     return ()
+
+
+def _error_in(lines: Sequence[str]) -> str:
+    """The exception of the last traceback in `lines`, else the last line that names an error; empty without one."""
+    for at in range(len(lines) - 1, -1, -1):
+        column = lines[at].find(TRACEBACK)  # vLLM puts a process's name before each of its lines
+        if column >= 0:
+            after = (line[column:] for line in lines[at + 1 :])
+            error = next((line for line in after if line[:1].strip()), "")
+        else:
+            match = ERROR.match(lines[at])
+            error = lines[at][match.start("error") :] if match else ""
+        if error and not any(words in error for words in SAYS_LITTLE):
+            return error.removeprefix("error: ")[:ERROR_CHARACTERS]
+    return lines[-1] if lines and lines[-1].startswith(SCRIPT_ENDED) else ""
 
 
 def _own(lines: list[str]) -> list[str]:
@@ -403,7 +499,7 @@ def _own(lines: list[str]) -> list[str]:
         return lines
     if not lines[-1].startswith("subprocess.CalledProcessError: "):
         return lines  # torch elastic's table, of several processes
-    return [*lines[:top], "accelerate: the script " + lines[-1].rpartition("']' ")[2]]
+    return [*lines[:top], SCRIPT_ENDED + lines[-1].rpartition("']' ")[2]]
 
 
 def _start_warden(run_id: str, log: Path, run_folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
@@ -421,10 +517,12 @@ def _start_warden(run_id: str, log: Path, run_folder: Path) -> "tuple[subprocess
 
 
 def _warden(run_id: str, launcher: int, summary: Path) -> None:
-    """Remember what the launcher starts; when the launcher is gone, end all of it and write how the run ended."""
+    """Remember what the launcher starts, processes by pid and folders by path, a line each; when the launcher is gone,
+    end and delete all of it and write how the run ended."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    tree = _Tree(run_id, frozenset({os.getpid(), launcher}))
+    tree = _Tree(f"{run_id}/", frozenset({os.getpid(), launcher}))
+    folders: list[str] = []
     rest = b""
     while os.getppid() == launcher:
         if not select.select([0], [], [], WARDEN_LOOK_S)[0]:
@@ -433,9 +531,12 @@ def _warden(run_id: str, launcher: int, summary: Path) -> None:
         received = os.read(0, 4096)
         if not received:
             break
-        *pids, rest = (rest + received).split(b"\n")
-        for pid in pids:
-            tree.add(int(pid))
+        *lines, rest = (rest + received).split(b"\n")
+        for line in lines:
+            if line.isdigit():
+                tree.add(int(line))
+            else:
+                folders.append(os.fsdecode(line))
     left_alone = [str(process.pid) for process in tree.living()]
     if left_alone:
         sys.stderr.write(f"ending what the launcher (pid {launcher}) left: {', '.join(left_alone)}\n")
@@ -445,6 +546,8 @@ def _warden(run_id: str, launcher: int, summary: Path) -> None:
             )
     if stuck := _end(tree, WARDEN_GRACE_S):
         sys.stderr.write(f"could not end {', '.join(str(process.pid) for process in stuck)}\n")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

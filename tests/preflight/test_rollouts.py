@@ -1,17 +1,16 @@
 """One batch of rollouts from a policy server; a stand-in says what a real one would have to be made to say."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from r1zero.policy_server import ServerNotReady
+from r1zero.policy_client import PolicyServerError, PolicyServerTimeout
 from r1zero.preflight import rollouts
 from r1zero.recipe import Recipe
+from r1zero.serving import TOKEN
 from r1zero.tasks.problem import Problem
-from tests.stand_in_server import Handler, Server
+from tests.stand_in_server import serving
 
 Model = Callable[..., Path]
 Load = Callable[..., Recipe]
@@ -19,22 +18,9 @@ PROBLEMS = [Problem(f"What is {n} + 2?", "42", "arithmetic/train") for n in rang
 RIGHT, WRONG, NONE = "</reasoning><answer>42</answer>", "</reasoning><answer>41</answer>", "I do not know"
 
 
-@contextmanager
-def server(*completions: tuple[str, str], mode: str = "ok") -> Iterator[str]:
-    """A policy server that gives each prompt these completions, over and over; its address."""
-    quiet = {"mode": mode, "completions": completions or (("", "stop"),), "log_message": lambda *unused: None}
-    http = Server(("127.0.0.1", 0), type("Scripted", (Handler,), quiet))
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}"
-    finally:
-        http.shutdown()
-        http.server_close()
-
-
 def look(recipe: Recipe, *completions: tuple[str, str]) -> tuple[str, str]:
     """Notes and warnings."""
-    with server(*completions) as url:
+    with serving(completions=completions) as (url, _):
         findings = rollouts.look(recipe, PROBLEMS, url)
     notes = [each.line() for each in findings if each.level == "note"]
     return "\n".join(notes), "\n".join(each.line() for each in findings if each.level == "warning")
@@ -81,17 +67,28 @@ def test_the_rewards_are_those_of_the_recipe(model: Model, arithmetic: Load) -> 
     assert look(arithmetic(model(), *spread_by_form), *completions)[1] == ""
 
 
+def test_the_runs_token_is_sent(model: Model, arithmetic: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(token="secret") as (url, _):
+        with pytest.raises(PolicyServerError, match=f"answered 401: .*{TOKEN}"):
+            rollouts.look(arithmetic(model()), PROBLEMS, url)
+        monkeypatch.setenv(TOKEN, "secret")
+        assert rollouts.look(arithmetic(model()), PROBLEMS, url)
+
+
 def test_a_server_that_is_not_one(model: Model, arithmetic: Load) -> None:
     with (
-        server(mode="error") as url,
-        pytest.raises(ServerNotReady, match=r"answered /v1/completions with 500: .*engine is dead"),
+        serving(mode="error") as (url, _),
+        pytest.raises(PolicyServerError, match=r"/v1/completions: answered 500: .*engine is dead"),
     ):
         rollouts.look(arithmetic(model()), PROBLEMS, url)
-    with pytest.raises(ServerNotReady, match="ConnectionRefusedError"):
+    with pytest.raises(PolicyServerError, match=r"127.0.0.1:9: .*the connection failed"):
         rollouts.look(arithmetic(model()), PROBLEMS, "http://127.0.0.1:9")
 
 
 def test_a_server_that_hangs(model: Model, arithmetic: Load) -> None:
-    recipe = arithmetic(model(), "--server_ready_timeout", "0.5")
-    with server(mode="hang-after-health") as url, pytest.raises(ServerNotReady, match=r"within 0.5 s"):
+    recipe = arithmetic(model(), "--generation_timeout", "0.5")
+    with (
+        serving(mode="hang-after-health") as (url, _),
+        pytest.raises(PolicyServerTimeout, match=r"within 0.5 s; .* raise generation_timeout"),
+    ):
         rollouts.look(recipe, PROBLEMS, url)

@@ -23,6 +23,7 @@ EVALUATION = {
     "samples": 2,
     "seconds": 1,
 }
+RESTART = {"kind": "restart", "step": 2, "restart": 1, "most": 3, "cause": "server: killed by SIGKILL"}
 MEASURED = "held-out accuracy at step 0: 50.0 % [40.0, 60.0]  (9 questions x 2, 1.0 s)"
 
 
@@ -66,6 +67,8 @@ def test_without_a_terminal_each_new_thing_is_one_plain_line_once(folder: RunFol
         run_folder.append_json_line(folder.metrics, step(1))
         run_folder.append_json_line(folder.metrics, step(2))
         run_folder.append_json_line(folder.metrics, {"kind": "alert", "step": 2, "message": "[look] here"})
+        run_folder.append_json_line(folder.metrics, {**RESTART, "checkpoint": "checkpoints/checkpoint-1"})
+        run_folder.append_json_line(folder.metrics, {**RESTART, "checkpoint": None})
         with folder.metrics.open("a") as file:
             file.write('{"kind": "step", "step": 3, "steps"')
         display.finish()
@@ -82,6 +85,9 @@ def test_without_a_terminal_each_new_thing_is_one_plain_line_once(folder: RunFol
         "step 1/3  reward 0.100  left 2.0 s",
         "step 2/3  reward 0.200  left 1.0 s",
         "ALERT at step 2: [look] here",
+        "FAILED at step 2: server: killed by SIGKILL; restart 1 of at most 3 goes on from checkpoints/checkpoint-1",
+        "FAILED at step 2: server: killed by SIGKILL; restart 1 of at most 3 goes on from the beginning, there is no "
+        "checkpoint",
         "a long line that stays whole, [bold]brackets[/bold] and all: /a/path/that/is/copied",
         "step 3/3  reward 0.300  left 0.0 s",
     ]

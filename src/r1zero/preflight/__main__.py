@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from r1zero import policy_server
 from r1zero import recipe as recipes
+from r1zero.policy_client import PolicyServerError
 from r1zero.preflight import prompts, rollouts
 from r1zero.preflight.findings import has_fault
 from r1zero.recipe import RecipeError
@@ -28,7 +28,7 @@ def main(words: list[str] | None = None) -> int:
         findings = (
             rollouts.look(recipe, problems, arguments.server) if arguments.server else prompts.look(recipe, problems)
         )
-    except (RecipeError, DatasetError, policy_server.ServerNotReady) as error:
+    except (RecipeError, DatasetError, PolicyServerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     for finding in findings:

@@ -1,20 +1,20 @@
 """One batch of completions from the policy server, graded as training will grade it, and what it forebodes."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from r1zero import policy_server
+from r1zero.policy_client import PolicyClient, Rollout
 from r1zero.preflight import model_files
 from r1zero.preflight.findings import Finding
 from r1zero.recipe import Recipe
+from r1zero.serving import TOKEN
 from r1zero.tasks.problem import Problem
 from r1zero.tasks.verifier import Verifier
 
 MOST_COMPLETIONS = 256
-REQUESTS_AT_ONCE = 32
 SHOWN_CHARACTERS = 400
 
 # Shares from which on something deserves a word.
@@ -39,7 +39,7 @@ def look(recipe: Recipe, problems: list[Problem], base_url: str) -> list[Finding
     """Draw one batch of completions, grade it, judge it.
 
     Raises:
-        policy_server.ServerNotReady: when the server does not answer as vLLM does, or not in time.
+        PolicyServerError: when the server does not answer as vLLM does, or not in time.
     """
     from r1zero.training.data import prompt_ids, within_limit
 
@@ -48,14 +48,7 @@ def look(recipe: Recipe, problems: list[Problem], base_url: str) -> list[Finding
     count = min(len(kept), max(1, MOST_COMPLETIONS // recipe["num_generations"]))
     drawn = random.Random(recipe["seed"]).sample(kept, count)
     with recipe.verifier() as verifier:
-        groups = _draw(
-            drawn,
-            lambda problem: prompt_ids(problem, recipe, tokenizer),
-            recipe,
-            verifier,
-            base_url,
-            recipe.own.server_ready_timeout,
-        )
+        groups = _draw(drawn, lambda problem: prompt_ids(problem, recipe, tokenizer), recipe, verifier, base_url)
     return _judge(groups, recipe)
 
 
@@ -65,12 +58,10 @@ def _draw(
     recipe: Recipe,
     verifier: Verifier,
     base_url: str,
-    timeout_s: float,
 ) -> list[list[Sample]]:
     """Groups of `num_generations` completions, one group a problem, with the rewards that training would give."""
     group = recipe["num_generations"]
     sampling = {
-        "n": group,
         "max_tokens": recipe["max_completion_length"],
         "temperature": recipe["temperature"],
         "top_p": recipe["top_p"],
@@ -79,19 +70,16 @@ def _draw(
         "repetition_penalty": recipe["repetition_penalty"],
         **({"stop": recipe.own.stop_strings, "include_stop_str_in_output": True} if recipe.own.stop_strings else {}),
     }
-    model = policy_server.served_model(base_url)
-    # Tokenizers are not made for several threads at once.
     prompts = [prompt_ids(problem) for problem in problems]
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
-        answers = list(
-            threads.map(lambda ids: policy_server.complete(base_url, model, ids, sampling, timeout_s), prompts)
-        )
+    timeout_s = recipe.own.generation_timeout
+    # The base model, which a server of ours has from its start; no policy version was published yet.
+    with PolicyClient([base_url], os.environ.get(TOKEN), generation_timeout_s=timeout_s) as client:
+        rollouts = client.collect(client.submit(prompts, sampling, group))
+    answers = [rollouts[start : start + group] for start in range(0, len(rollouts), group)]
     return [_graded(problem, each, recipe, verifier) for problem, each in zip(problems, answers, strict=True)]
 
 
-def _graded(
-    problem: Problem, completions: Sequence[policy_server.Completion], recipe: Recipe, verifier: Verifier
-) -> list[Sample]:
+def _graded(problem: Problem, completions: Sequence[Rollout], recipe: Recipe, verifier: Verifier) -> list[Sample]:
     texts = [each.text for each in completions]
     graded = verifier.grade(texts, [problem.gold] * len(texts), [problem.question] * len(texts))
     prompt = recipe.template.build(problem.question)
@@ -99,7 +87,7 @@ def _graded(
     columns: dict[str, Any] = {
         "prompts": [prompt] * len(texts),
         "completions": texts if isinstance(prompt, str) else chat,
-        "completion_ids": [list(each.token_ids) for each in completions],
+        "completion_ids": [list(each.completion_ids) for each in completions],
         "question": [problem.question] * len(texts),
         "gold": [problem.gold] * len(texts),
         "source": [problem.source] * len(texts),
@@ -113,7 +101,7 @@ def _graded(
         for index, value in enumerate(function(**columns)):
             totals[index] += weight * (value or 0.0)
     return [
-        Sample(each.text, each.token_ids, each.clipped, one.answer, one.verdict.value, total)
+        Sample(each.text, each.completion_ids, each.clipped, one.answer, one.verdict.value, total)
         for each, one, total in zip(completions, graded, totals, strict=True)
     ]
 

@@ -61,6 +61,8 @@ class Display:
                 self.say(progress.evaluation_line(metrics))
             elif metrics["kind"] == "alert":
                 self.say(progress.alert_line(metrics))
+            elif metrics["kind"] == "restart":
+                self.say(progress.restart_line(metrics))
             elif self._live:
                 self._line = progress.step_line(metrics)
             else:

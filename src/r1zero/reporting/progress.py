@@ -52,6 +52,17 @@ def alert_line(metrics: Mapping[str, Any]) -> str:
     return f"ALERT at step {metrics['step']}: {metrics['message']}"
 
 
+def restart_line(metrics: Mapping[str, Any]) -> str:
+    """The line of a failure after which policy server and trainer are started again.
+
+    Args:
+        metrics: a line of metrics.jsonl with ``kind`` "restart".
+    """
+    goes_on = f"from {metrics['checkpoint']}" if metrics["checkpoint"] else "from the beginning, there is no checkpoint"
+    which = f"restart {metrics['restart']} of at most {metrics['most']}"
+    return f"FAILED at step {metrics['step']}: {metrics['cause']}; {which} goes on {goes_on}"
+
+
 def evaluation_line(metrics: Mapping[str, Any]) -> str:
     """The line of one measurement on held-out problems."""
     return (

@@ -50,13 +50,13 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
         torch.manual_seed(SEED + accelerator.process_index)
         for at in range(0, share, per_round):
             indices = [index for index in own[at : at + per_round] for _ in range(samples)]
-            completed = _complete(trainer, [prompts[i] for i in indices], samples)
+            completed = _complete(trainer, [prompts[i] for i in indices], samples, keys.eval_temperature)
             grades = trainer.verifier.grade(
-                [text for text, _ in completed],
+                [text for text, _, _ in completed],
                 [problems[i].gold for i in indices],
                 [problems[i].question for i in indices],
             )
-            for index, (text, ids), graded in zip(indices, completed, grades, strict=True):
+            for index, (text, ids, version), graded in zip(indices, completed, grades, strict=True):
                 row = {
                     "step": step,
                     "prompt": prompt_text(prompts[index]),
@@ -67,7 +67,7 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
                     "reward": float(graded.verdict is Verdict.CORRECT),
                     "length": len(ids),
                     "clipped": trainer.clipped(ids),
-                    "policy_version": trainer.policy_version,
+                    "policy_version": version,
                     "source": problems[index].source,
                 }
                 rows.append((index, row))
@@ -104,15 +104,18 @@ def _completions_at_a_time(trainer: PolicyTrainer) -> int:
 
 @contextmanager
 def _sampling(trainer: PolicyTrainer, temperature: float) -> Iterator[None]:
-    """TRL's generation at another temperature; as it was afterwards."""
+    """TRL's generation in this process at another temperature; as it was afterwards."""
+    if trainer.server:
+        yield
+        return
     if trainer.use_vllm:
         vllm = trainer.vllm_generation
-        before = vllm.temperature, vllm.logprobs
-        vllm.temperature, vllm.logprobs = temperature, None
+        before = vllm.temperature
+        vllm.temperature = temperature
         try:
             yield
         finally:
-            vllm.temperature, vllm.logprobs = before
+            vllm.temperature = before
         return
     config = trainer.generation_config
     before = config.temperature, config.do_sample
@@ -124,16 +127,12 @@ def _sampling(trainer: PolicyTrainer, temperature: float) -> Iterator[None]:
         config.temperature, config.do_sample = before
 
 
-def _complete(trainer: PolicyTrainer, prompts: list[Any], samples: int) -> list[tuple[str, list[int]]]:
-    """(text, token ids) of one completion for each of `prompts`, which come as runs of `samples` equal ones."""
-    prompt_ids, _, fields = trainer._tokenize_prompts(prompts)
-    if trainer.use_vllm:
-        if trainer._last_loaded_step != trainer.state.global_step:
-            trainer.vllm_generation.sync_weights()
-            trainer._last_loaded_step = trainer.state.global_step
-        _, ids, _, _ = trainer.vllm_generation.generate(prompts=prompt_ids, images=None, num_generations=samples)
-        ids, _ = trainer.stop.cut(ids, None)
-    else:
-        ids, _ = trainer._generate_single_turn(prompt_ids, None, fields, samples)
+def _complete(
+    trainer: PolicyTrainer, prompts: list[Any], samples: int, temperature: float
+) -> list[tuple[str, list[int], int | None]]:
+    """(text, token ids, policy version) of one completion for each of `prompts`: runs of `samples` equal ones."""
+    prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+    completed = trainer.complete(prompt_ids, samples, temperature=temperature)
+    ids, _ = trainer.stop.cut([list(each.completion_ids) for each in completed], None)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
-    return list(zip(texts, ids, strict=True))
+    return [(text, one, each.policy_version) for text, one, each in zip(texts, ids, completed, strict=True)]

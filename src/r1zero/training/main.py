@@ -10,6 +10,7 @@ from r1zero import recipe as recipes
 from r1zero.preflight import golds, prompts
 from r1zero.preflight.findings import has_fault
 from r1zero.recipe import Recipe, RecipeError
+from r1zero.restarts import REFUSED, Refusal
 from r1zero.tasks import selection
 from r1zero.tasks.problem import DatasetError
 from r1zero.tasks.selection import Selection
@@ -19,7 +20,7 @@ def main(method: str, project: Path) -> int:
     """Run the trainer process of `method` with the arguments of the command line.
 
     Returns:
-        0, or 2 when the recipe or its data cannot run.
+        0; 2 when the recipe or its data cannot run, `REFUSED` when going on would have been wrong.
     """
     parser = argparse.ArgumentParser(
         description=f"One {method} trainer process, as `accelerate launch` runs it. launch/run.py does the rest.",
@@ -28,6 +29,7 @@ def main(method: str, project: Path) -> int:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="a recipe YAML")
     parser.add_argument("--run_folder", type=Path, help="where to write; made anew where it is not given")
+    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on from this checkpoint of the run")
     known, overrides = parser.parse_known_args()
     try:
         recipe = recipes.load(known.config, overrides)
@@ -48,10 +50,13 @@ def main(method: str, project: Path) -> int:
             and not _can_start(recipe, chosen)
         ):
             return 2
-        _train(method)(recipe, chosen, known.run_folder, project)
+        _train(method)(recipe, chosen, known.run_folder, project, known.resume)
     except (RecipeError, DatasetError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except Refusal as error:
+        sys.stderr.write(f"error: {error}\n")
+        return REFUSED
     return 0
 
 
@@ -63,7 +68,7 @@ def _can_start(recipe: Recipe, chosen: Selection) -> bool:
     return not has_fault(findings)
 
 
-def _train(method: str) -> Callable[[Recipe, Selection, Path | None, Path], None]:
+def _train(method: str) -> Callable[[Recipe, Selection, Path | None, Path, Path | None], None]:
     if method == "sft":
         from r1zero.training.sft import train as train_sft
 

@@ -55,11 +55,13 @@ class Recorder:
 
     Attributes:
         active: whether this is the process that writes.
+        restarts: how often this run was started again.
     """
 
     def __init__(self, folder: RunFolder, active: bool) -> None:
         self.folder = folder
         self.active = active
+        self.restarts = sum(line["kind"] == "restart" for line in folder.read_metrics()) if active else 0
         self._phase_began = time.monotonic()
         self._rollouts: list[dict[str, Any]] = []
 
@@ -77,7 +79,14 @@ class Recorder:
         elapsed = time.monotonic() - self._phase_began
         if seconds_left is None and done:
             seconds_left = elapsed / done * (total - done)
-        status = {"phase": name, "done": done, "total": total, "seconds_left": seconds_left, "time": time.time()}
+        status = {
+            "phase": name,
+            "done": done,
+            "total": total,
+            "seconds_left": seconds_left,
+            "restarts": 0,
+            "time": time.time(),
+        }
         write_json(self.folder.status, status)
         if done == 0:
             self.say(progress.phase_line(status))

@@ -14,7 +14,7 @@ from r1zero.training.session import finish, session, without_printer
 from r1zero.training.trainer import Clock, StepRecorder
 
 
-def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path) -> None:
+def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path, resume: Path | None = None) -> None:
     """Train on the solutions of the training split, save."""
     began = time.monotonic()
     with session(recipe, folder, project) as recorder:
@@ -38,5 +38,5 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path)
         )
         without_printer(trainer)
         trainer.add_callback(StepRecorder(recorder, Clock()))
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         finish(recorder, trainer, began, {})

@@ -1,13 +1,13 @@
-"""GRPOTrainer with a clock, a notebook and a verifier: the algorithm is TRL's, untouched.
+"""GRPOTrainer with a clock, a notebook, a verifier and our own policy server: the algorithm is TRL's, untouched.
 
 Written against TRL 1.16.0. Three of its methods are wrapped, `_tokenize_prompts`, `_generate_single_turn` and
-`_calculate_rewards`; a test fails when their signatures move.
+`_calculate_rewards`, and `VLLMGeneration` is replaced where a policy server is in use; a test fails when they move.
 """
 
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,14 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
+from r1zero.policy_client import Rollout
 from r1zero.tasks.prompts import chat_arguments
 from r1zero.tasks.rewards import text_of
 from r1zero.tasks.verifier import Verdict, Verifier
 from r1zero.training.alarm import Alarm
+from r1zero.training.generation import PolicyServer, in_place_of_vllm
 from r1zero.training.recorder import Recorder, clipped, prompt_text
+from r1zero.training.rollouts import InProcessRollouts, Rollouts
 from r1zero.training.stop_strings import StopStrings
 
 
@@ -32,6 +35,8 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         verifier: grades every completion, before any reward function sees it.
         stop_strings: a completion ends with the first of them.
         alerts: by verdict, the share of completions above which to say so.
+        server: makes the policy server's side of the trainer, given what TRL gives a `VLLMGeneration`; None where
+            completions are generated in this process.
     """
 
     def __init__(
@@ -41,9 +46,11 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         verifier: Verifier,
         stop_strings: Sequence[str] = (),
         alerts: Mapping[str, float] | None = None,
+        server: Callable[..., PolicyServer] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with in_place_of_vllm(server):
+            super().__init__(*args, **kwargs)
         self.recorder = recorder
         self.verifier = verifier
         self.stop = StopStrings(stop_strings, self.processing_class)
@@ -51,11 +58,18 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         self.several_sources = len(self.train_dataset.unique("source")) > 1
         self.clock = Clock()
         self.add_callback(StepRecorder(recorder, self.clock))
-        if self.use_vllm:
+        self.server: PolicyServer | None = self.vllm_generation if server else None
+        self.rollouts: Rollouts = (
+            self.server.rollouts if self.server else InProcessRollouts(self._generate_here, lambda: self.version_here)
+        )
+        self._versions: list[int | None] = []
+        if self.server:
+            self.server.sampling |= self.stop.for_vllm() if self.stop else {}
+        elif self.use_vllm:  # inside of this process, by TRL
             publish = self.vllm_generation.sync_weights
 
             def timed_publish() -> None:
-                with self.clock.phase("sync"):
+                with self.clock.phase("publish"):
                     publish()
 
             self.vllm_generation.sync_weights = timed_publish
@@ -63,8 +77,8 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
                 self.vllm_generation.generation_kwargs.update(self.stop.for_vllm())
 
     @property
-    def policy_version(self) -> int:
-        """The optimizer step whose weights make the completions."""
+    def version_here(self) -> int:
+        """The optimizer step whose weights make the completions that are generated in this process."""
         return int(self._last_loaded_step if self.use_vllm else self.state.global_step)
 
     def clipped(self, completion_ids: Sequence[int]) -> bool:
@@ -80,9 +94,53 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         return tokenized["input_ids"], None, {}
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def complete(self, prompt_ids: Sequence[Sequence[int]], group: int, **sampling: Any) -> list[Rollout]:
+        """One completion for each prompt, by the policy as it is now. A collective.
+
+        Args:
+            prompt_ids: the prompts' tokens, in runs of `group` equal ones.
+            group: completions of one prompt.
+            sampling: of the policy server, in place of the trainer's own.
+        """
+        if self.server:
+            self._publish()
+            with self.clock.phase("generate"):
+                ticket = self.rollouts.submit(prompt_ids, group, {**self.server.sampling, **sampling})
+                completed = self.rollouts.collect(ticket)
+            self.server.rest()
+            return completed
         with self.clock.phase("generate"):
-            return self.stop.cut(*super()._generate_single_turn(*args, **kwargs))
+            return self.rollouts.collect(self.rollouts.submit(prompt_ids, group, sampling))
+
+    def _publish(self) -> None:
+        """Give the policy server the weights of this step, where it does not have them yet."""
+        assert self.server is not None  # noqa: S101 - its callers know
+        if self.server.version == self.state.global_step:
+            self.server.wake()
+            return
+        with self.clock.phase("publish"):
+            metrics = self.server.publish(self.state.global_step)
+        self._last_loaded_step = self.state.global_step
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: Any,
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> Any:
+        completed = self.complete(prompt_ids, num_generations)
+        self._versions = [each.policy_version for each in completed]
+        ids = [list(each.completion_ids) for each in completed]
+        logprobs = [list(each.logprobs or ()) for each in completed] if self.use_vllm else None
+        return self.stop.cut(ids, logprobs)
+
+    def _generate_here(self, prompt_ids: list[list[int]], group: int) -> tuple[list[list[int]], Any]:
+        """By TRL, with transformers or a vLLM engine inside of this process."""
+        return super()._generate_single_turn(prompt_ids, None, {}, group)  # type: ignore[no-any-return]
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -130,7 +188,7 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
                 ],
                 "length": len(completion_ids[i]),
                 "clipped": self.clipped(completion_ids[i]),
-                "policy_version": self.policy_version,
+                "policy_version": self._versions[i],
                 "source": inputs[i]["source"],
             }
             for i in range(len(prompts))

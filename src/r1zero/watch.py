@@ -1,0 +1,142 @@
+"""Whether the policy servers are alive while the trainer works. The supervisor sees a death; this sees a silence.
+
+Alive is a server whose engine makes tokens: one that made some since the last look (its policy route counts them) has
+proved it under whatever load; one that made none is asked for one.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from r1zero.policy_client import PolicyServerError
+
+LOOK_S = 3.0  # between two looks at one server
+PAUSED_S = 5.0  # after so long without a `check`, this process itself was stopped, and its clocks tell nothing
+
+
+class Client(Protocol):
+    """What is asked of a policy client here."""
+
+    def policy(self, url: str) -> dict[str, Any]: ...
+
+    def first_token(self, url: str, timeout_s: float) -> int: ...
+
+
+class Silent(Exception):
+    """A policy server has not proved alive for too long.
+
+    Attributes:
+        name: of the server's process.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(why)
+        self.name = name
+
+
+class Watch:
+    """Looks at each server every `LOOK_S` seconds, in a thread for each, so that one that hangs hides no other.
+
+        with Watch({"server": "http://127.0.0.1:8000"}, client, silence_timeout_s=30, publish_timeout_s=300) as watch:
+            supervisor.wait("trainer", on_tick=watch.check)
+
+    Args:
+        servers: the URL of each, by the name of its process.
+        client: asks them; each of its calls must end by itself.
+        silence_timeout_s: a server may go without a proof so long.
+        publish_timeout_s: while its weights are being updated, so long.
+    """
+
+    def __init__(
+        self,
+        servers: dict[str, str],
+        client: Client,
+        silence_timeout_s: float,
+        publish_timeout_s: float,
+    ) -> None:
+        self._over = threading.Event()
+        self._checked = time.monotonic()
+        self._servers: Sequence[_Server] = [
+            _Server(name, url, client, silence_timeout_s, publish_timeout_s, self._over)
+            for name, url in servers.items()
+        ]
+
+    def __enter__(self) -> "Watch":
+        for server in self._servers:
+            server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()  # a thread that still waits for an answer ends with it
+
+    def check(self) -> None:
+        """Return at once where every server has proved alive in time.
+
+        Raises:
+            Silent: for the first that has not.
+        """
+        now = time.monotonic()
+        paused, self._checked = now - self._checked > PAUSED_S, now
+        for server in self._servers:
+            if paused:
+                server.excuse()
+            server.check(now)
+
+
+class _Server(threading.Thread):
+    """One server and until when it counts as alive."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        client: Client,
+        silence_timeout_s: float,
+        publish_timeout_s: float,
+        over: threading.Event,
+    ) -> None:
+        super().__init__(name=f"watch-{name}", daemon=True)
+        self._server, self._url, self._client, self._over = name, url, client, over
+        self._silence_s, self._publish_s = silence_timeout_s, publish_timeout_s
+        self._tokens: int | None = None
+        self._updating = False
+        self._why = "it has not answered"
+        self.excuse()
+
+    def excuse(self) -> None:
+        """Count its silence from now on."""
+        self._allowed_s = self._publish_s if self._updating else self._silence_s
+        self._alive_until = time.monotonic() + self._allowed_s
+
+    def check(self, now: float) -> None:
+        if now > self._alive_until:
+            did = "did not finish an update of its weights" if self._updating else "made no token"
+            raise Silent(self._server, f"{did} for {self._allowed_s:g} s: {self._why}")
+
+    def run(self) -> None:
+        while not self._over.wait(LOOK_S):
+            try:
+                self._look()
+            except PolicyServerError as error:
+                self._why = str(error)
+            except Exception as error:  # noqa: BLE001 - an answer that nobody foresaw is no proof of life, and no end of the watch
+                self._why = f"{type(error).__name__}: {error}"
+
+    def _look(self) -> None:
+        policy = self._client.policy(self._url)
+        if bool(policy["updating"]) != self._updating:
+            self._updating = not self._updating
+            self.excuse()
+        if self._updating:
+            self._why = "it says that the update is still under way"
+            return
+        tokens = policy.get("tokens")
+        busy, self._tokens = tokens is not None and self._tokens not in (None, tokens), tokens
+        if not busy and not policy.get("sleeping"):
+            # Not for all of the time that is left: a request that waits behind others is asked again, after a look.
+            self._client.first_token(self._url, self._silence_s / 3)
+        self.excuse()

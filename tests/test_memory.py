@@ -1,0 +1,152 @@
+"""The estimate of GPU memory, against what was measured on GPUs, and against itself."""
+
+from pathlib import Path
+
+import pytest
+
+from r1zero import memory, recipe
+from r1zero.memory import GIB, Need
+from r1zero.model_facts import PROJECTIONS, ModelShape
+from tests.conftest import PROJECT
+
+QWEN = ModelShape(2048, 36, 16, 2, 128, 11008, 151936, tied_embeddings=True)
+QLORA = PROJECT / "recipes/qwen2.5-3b/gsm8k_qlora.yaml"
+
+
+def trainer(*words: str, processes: int = 1, accelerate: str = "single_gpu", generated: int = 0) -> Need:
+    return memory.trainer(
+        QWEN, recipe.load(QLORA, words), processes=processes, accelerate=accelerate, generated=generated
+    )
+
+
+def part(need: Need, what: str) -> float:
+    return dict(need.parts)[what]
+
+
+def test_the_server_that_was_measured() -> None:
+    """vLLM at a share of 10.53 GiB with 97k tokens of KV cache and slots of rank 64: 13.2 GB in use."""
+    need = memory.server(QWEN, context=97_000, completions=1, sequences=memory.DEFAULT_SEQUENCES, rank=64)
+    assert need.total == pytest.approx(13.2, rel=0.05)
+    assert need.total - memory.SERVER_BEYOND_SHARE_GIB == pytest.approx(10.53, rel=0.05)
+
+
+def test_the_4_bit_model_that_was_measured() -> None:
+    """3.17 GB loaded, with embeddings and adapter in fp32; here both are held in bf16."""
+    adapter = QWEN.lora_parameters(64, PROJECTIONS)
+    in_bf16 = 2 * (QWEN.embedding_parameters + adapter)
+    assert part(trainer(), "weights") * GIB == pytest.approx(3.17e9 - in_bf16, rel=0.03)
+
+
+@pytest.mark.parametrize(("batch", "peak"), [(1, 12.2e9), (2, 19.9e9), (4, 35.0e9)])
+def test_the_passes_that_were_measured(batch: int, peak: float) -> None:
+    """Without gradient checkpointing. Logits were kept whole there: 1,006 tokens x 151,936 words x 12 bytes."""
+    need = trainer("--per_device_train_batch_size", str(batch), "--gradient_checkpointing", "false")
+    logits = batch * 1006 * 151_936 * 12
+    loaded = 3.17e9
+    assert part(need, "activations") * GIB + logits + loaded == pytest.approx(peak, rel=0.15)
+
+
+def test_gradient_checkpointing_and_smaller_passes_need_less() -> None:
+    with_it, without = trainer(), trainer("--gradient_checkpointing", "false")
+    assert part(with_it, "activations") < part(without, "activations") / 5
+    assert trainer("--per_device_train_batch_size", "1").total < with_it.total
+    assert trainer("--max_completion_length", "100").total < with_it.total
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_each"),
+    [
+        ("adamw_torch_fused", 8),
+        ("adamw_8bit", 2),
+        ("adamw_torch_4bit", 1),
+        ("lion_32bit", 4),
+        ("lion_8bit", 1),
+        ("sgd", 0),
+        ("paged_adamw_8bit", 0),
+    ],
+)
+def test_the_state_of_an_optimizer(optim: str, bytes_each: int) -> None:
+    adapter = QWEN.lora_parameters(64, PROJECTIONS)
+    assert part(trainer("--optim", optim), "optimizer") * GIB == pytest.approx(bytes_each * adapter)
+
+
+FULL = ("--use_peft", "false", "--load_in_4bit", "false", "--optim", "adamw_torch_fused", "--beta", "0")
+
+
+def held(*words: str, processes: int = 1, accelerate: str = "single_gpu") -> float:
+    """GiB of weights, gradients and optimizer state."""
+    need = trainer(*FULL, *words, processes=processes, accelerate=accelerate)
+    return sum(part(need, what) for what in ("weights", "gradients", "optimizer"))
+
+
+def test_full_fine_tuning() -> None:
+    each = QWEN.parameters / GIB
+    assert held() == pytest.approx((2 + 2 + 8) * each)
+    assert held("--dtype", "float32") == pytest.approx((4 + 2 + 4 + 8) * each)  # autocast's copies in bf16
+    assert held("--beta", "0.1") == pytest.approx((2 + 2 + 2 + 8) * each)  # the reference model
+    assert held(processes=4, accelerate="ddp") == pytest.approx((2 + 4 + 8) * each)
+    zero2, zero3 = held(processes=4, accelerate="zero2"), held(processes=4, accelerate="zero3")
+    assert zero2 < held() and zero3 < zero2
+    offloaded = trainer(*FULL, processes=4, accelerate="zero3_offload")
+    assert part(offloaded, "optimizer") == 0
+    assert held(processes=4, accelerate="zero3_offload") < zero3
+    assert held(processes=8, accelerate="zero3") < zero3
+
+
+def test_an_adapter_on_whole_or_8_bit_weights() -> None:
+    each = QWEN.parameters / GIB
+    whole, eight = (
+        trainer("--load_in_4bit", "false"),
+        trainer("--load_in_4bit", "false", "--load_in_8bit", "true", "--use_vllm", "false"),
+    )
+    assert part(whole, "weights") > 2 * each > part(eight, "weights") > part(trainer(), "weights")
+
+
+def test_a_trainer_that_generates_by_itself_holds_the_keys_and_values() -> None:
+    need = trainer("--use_vllm", "false", "--per_device_train_batch_size", "1", generated=512)
+    assert part(need, "KV cache") == pytest.approx(512 * 1006 * 36_864 / GIB)
+
+
+def test_a_server_over_several_gpus_or_in_4_bits_needs_less_of_each() -> None:
+    def weights(**more: int | bool) -> float:
+        return part(memory.server(QWEN, context=1, completions=1, sequences=1, **more), "weights")
+
+    assert weights(tensor_parallel=2) == pytest.approx(weights() / 2)
+    assert weights(four_bit=True) < weights() / 2
+
+
+LEAST, MOST = Need((("weights", 6.0), ("CUDA", 2.6)), resting=2.6), Need((("weights", 9.0), ("CUDA", 2.6)), resting=2.6)
+TRAIN = Need((("weights", 2.0), ("activations", 5.0)), resting=3.0)
+
+
+@pytest.mark.parametrize(
+    ("available", "sleep", "server"),
+    [
+        (30.0, False, 11.6),  # all that it can use
+        (17.0, False, 10.0),  # what the trainer leaves
+        (15.0, False, 8.6),  # the least, although the trainer then has too little
+        (13.0, True, 10.0),  # what the resting trainer leaves
+    ],
+)
+def test_sharing(available: float, sleep: bool, server: float) -> None:
+    chosen = memory.share(LEAST, MOST, TRAIN, card_gib=80, available_gib=available, sleep=sleep)
+    assert chosen.server_gib == pytest.approx(server)
+    assert chosen.utilization == pytest.approx((server - 2.6) / 80, abs=0.0011)
+    assert chosen.utilization >= (server - 2.6) / 80
+    assert chosen.trainer_gib == pytest.approx(available - (2.6 if sleep else server))
+
+
+def test_what_both_need_awake_and_in_turn() -> None:
+    assert memory.least_needed(LEAST, TRAIN, sleep=False) == pytest.approx(8.6 + 7.0)
+    assert memory.least_needed(LEAST, TRAIN, sleep=True) == pytest.approx(8.6 + 3.0)
+    longer = Need((*TRAIN.parts, ("more activations", 9.0)), resting=3.0)
+    assert memory.least_needed(LEAST, longer, sleep=True) == pytest.approx(2.6 + 16.0)
+
+
+def test_parts_that_are_nothing_are_not_shown() -> None:
+    assert Need((("weights", 1.26), ("adapter slots", 0.0))).text() == "weights 1.3"
+
+
+def test_lengths_without_a_limit_are_taken_for_granted(tmp_path: Path) -> None:
+    unlimited = trainer("--max_prompt_tokens", "null", "--max_completion_length", "null")
+    assert part(unlimited, "activations") == pytest.approx(part(trainer(), "activations"), rel=0.05)
