@@ -64,6 +64,9 @@ class DoorKeeper:
 
             do_POST = do_GET
 
+            def log_message(self, *words: object) -> None:
+                """Nothing."""
+
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
     def __enter__(self) -> int:
@@ -170,7 +173,7 @@ def test_the_token_is_sent_and_a_wrong_one_is_told(tmp_path: Path) -> None:
         assert complete(url, "m", [1], {"n": 1}, 5, "right")[0].text == "1"
         for token in (None, "wrong"):
             with pytest.raises(ServerNotReady, match="/health answered 401 no token"):
-                wait_until_ready(url, deadline_s=0.5, check=lambda: None, poll_s=0.1, token=token)
+                wait_until_ready(url, deadline_s=4, check=lambda: None, poll_s=0.1, token=token)
 
 
 def test_a_proxy_in_the_environment_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,9 @@ def serve_argv(
         seed: of the sampling; None leaves it vLLM's own.
         weight_transfer: how all weights come: nccl or `serving.SHARED_MEMORY`; None for adapters.
         lora_rank: of the adapters that it will serve; None for none.
-        lora_target_modules: the layers that adapters may change; empty: all that vLLM can change, the output layer too,
-            and then prompt logprobs kill the CPU build's engine (0.31), and each slot holds rank x vocabulary values more.
+        lora_target_modules: the layers that adapters may change; empty: all that vLLM can change, the output layer
+            too, and then prompt logprobs kill the CPU build's engine (0.31), and each slot holds rank x vocabulary
+            values more.
         max_loras: adapters that it holds at once: the policy version that generates, and the one that comes next.
         quantization: bitsandbytes makes vLLM hold the weights in 4 bits; None leaves them as they are.
         enable_sleep_mode: it can give back the memory of its KV cache while the trainer works.

@@ -84,7 +84,7 @@ class Recorder:
             "done": done,
             "total": total,
             "seconds_left": seconds_left,
-            "restarts": 0,
+            "restarts": self.restarts,
             "time": time.time(),
         }
         write_json(self.folder.status, status)
