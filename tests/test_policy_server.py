@@ -17,12 +17,10 @@ from r1zero.plan import Process
 from r1zero.policy_server import (
     ServerNotReady,
     by_hand,
-    complete,
     cpu_server_available,
     serve_argv,
     serve_env,
     served_lora_rank,
-    served_model,
     wait_until_ready,
 )
 from r1zero.serving import SHARED_MEMORY
@@ -169,8 +167,6 @@ def test_the_token_is_sent_and_a_wrong_one_is_told(tmp_path: Path) -> None:
     with DoorKeeper("right") as port:
         url = f"http://127.0.0.1:{port}"
         assert wait_until_ready(url, deadline_s=20, check=lambda: None, poll_s=0.1, token="right") < 20
-        assert served_model(url, "right") == "m"
-        assert complete(url, "m", [1], {"n": 1}, 5, "right")[0].text == "1"
         for token in (None, "wrong"):
             with pytest.raises(ServerNotReady, match="/health answered 401 no token"):
                 wait_until_ready(url, deadline_s=4, check=lambda: None, poll_s=0.1, token=token)

@@ -410,8 +410,10 @@ def _check_packages(planned: "Plan") -> None:
 
     recipe, gpu_extra = planned.recipe, "pip install -e '.[gpu]'"
     needed = {name: ("report_to", f"pip install {name}") for name in trackers.chosen(recipe.library.get("report_to"))}
-    if recipe.uses_vllm:  # TRL's client of a server imports it too
+    if recipe.uses_vllm and not recipe.running_server:
         needed["vllm"] = ("use_vllm", f"{gpu_extra}, or --use_vllm false")
+    if recipe.own.server_base == "vllm_4bit" and planned.servers and _vllm_needs_a_plugin():
+        needed["vllm_bnb_plugin"] = ("server_base", "pip install vllm-bnb-plugin, or server_base: rounded")
     if planned.accelerate_config.stem.startswith("zero"):
         needed["deepspeed"] = ("accelerate_config", f"{gpu_extra}, or another accelerate_config")
     if recipe["use_liger_kernel"]:
@@ -423,6 +425,16 @@ def _check_packages(planned: "Plan") -> None:
     for package, (key, remedy) in needed.items():
         if find_spec(package) is None:
             raise recipe.fault(key, f"needs the package {package}, which is not installed here", remedy)
+
+
+def _vllm_needs_a_plugin() -> bool:
+    """Whether vLLM's own 4-bit weights have moved out of it, as they did in 0.28 (vllm#43529)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return tuple(int(part) for part in version("vllm").split(".")[:2]) >= (0, 28)
+    except (PackageNotFoundError, ValueError):
+        return False
 
 
 def _check_data(recipe: Recipe, download: bool) -> "Selection | None":

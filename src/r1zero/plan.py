@@ -690,7 +690,11 @@ def _server(
     )
     name = "server" if len(place.servers) == 1 else f"server-{number}"
     return Process(
-        name, argv, policy_server.serve_env(adapters=publish == "adapter", cpu=cpu), gpus, log=f"logs/{name}.log"
+        name,
+        argv,
+        policy_server.serve_env(adapters=publish == "adapter", four_bit=recipe.own.server_base == "vllm_4bit", cpu=cpu),
+        gpus,
+        log=f"logs/{name}.log",
     )
 
 

@@ -8,8 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 DOORS = "r1zero.serving.doors.Doors"
 PLUGIN = "r1zero"  # the name of our entry point in pyproject.toml
+BITSANDBYTES = "bitsandbytes"  # and of vllm-bnb-plugin's
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 CPU_KV_CACHE_GIB = 1  # of memory; for the embedded model that is 350,000 tokens
 SHORT_S = 5.0
@@ -135,17 +135,21 @@ def serve_argv(
     )
 
 
-def serve_env(*, adapters: bool = False, cpu: bool = False, host: str = "127.0.0.1") -> tuple[tuple[str, str], ...]:
+def serve_env(
+    *, adapters: bool = False, four_bit: bool = False, cpu: bool = False, host: str = "127.0.0.1"
+) -> tuple[tuple[str, str], ...]:
     """What the server needs in its environment, the run's token and publish folder aside: those are secrets of the run.
 
     Args:
         adapters: it will be sent adapters.
+        four_bit: vLLM itself holds the weights in 4 bits: since 0.28 through a plugin, vllm-bnb-plugin.
         cpu: it is vLLM's CPU build.
         host: the address that it listens on.
     """
     env = [
         ("VLLM_SERVER_DEV_MODE", "1"),  # the routes through which weights come; our doors guard them
-        ("VLLM_PLUGINS", PLUGIN),  # ours, and no other that happens to be installed
+        # Ours, and no other that happens to be installed.
+        ("VLLM_PLUGINS", f"{PLUGIN},{BITSANDBYTES}" if four_bit else PLUGIN),
         ("VLLM_NO_USAGE_STATS", "1"),
         # FlashInfer's sampler cannot give processed logprobs, so it would only be imported, and its absence fatal.
         ("VLLM_USE_FLASHINFER_SAMPLER", "0"),
@@ -261,74 +265,6 @@ class _Attempt(threading.Thread):
 
     def _ask(self, method: str, path: str, timeout_s: float, request: Any = None) -> tuple[int, str]:
         return _ask(self._base_url, method, path, min(timeout_s, self._seconds_left), request, self._run_token)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion as the server gave it.
-
-    Attributes:
-        text: decoded, with the stop string that ended it.
-        token_ids: as sampled, the end token included.
-        clipped: whether it was cut off at the limit of tokens.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    clipped: bool
-
-
-def served_model(base_url: str, token: str | None = None) -> str:
-    """The name under which the server knows its model.
-
-    Raises:
-        ServerNotReady: as `complete`.
-    """
-    return str(_answer(base_url, "GET", "/v1/models", SHORT_S, token=token)["data"][0]["id"])
-
-
-def complete(
-    base_url: str,
-    model: str,
-    prompt_ids: Sequence[int],
-    sampling: Mapping[str, Any],
-    timeout_s: float,
-    token: str | None = None,
-) -> list[Completion]:
-    """The completions of one prompt.
-
-    Args:
-        base_url: of a server that is ready.
-        model: as `served_model` says.
-        prompt_ids: the prompt's tokens.
-        sampling: vLLM's sampling parameters, `n` among them.
-        timeout_s: for the whole answer.
-        token: the run's; None for a server without our doors.
-
-    Raises:
-        ServerNotReady: when the server refuses, is gone, is too slow, or is not vLLM.
-    """
-    request = {"model": model, "prompt": list(prompt_ids), "return_token_ids": True, **sampling}
-    choices = _answer(base_url, "POST", "/v1/completions", timeout_s, request, token)["choices"]
-    return [Completion(c["text"], tuple(c["token_ids"]), c["finish_reason"] == "length") for c in choices]
-
-
-def _answer(
-    base_url: str, method: str, path: str, timeout_s: float, request: Any = None, token: str | None = None
-) -> Any:
-    try:
-        status, body = _ask(base_url, method, path, timeout_s, request, token)
-        content = json.loads(body) if status == 200 else None
-    except (OSError, HTTPException) as error:
-        why = f"gave no answer to {path} within {timeout_s:g} s ({type(error).__name__}: {error})"
-        raise ServerNotReady(f"policy server at {base_url} {why}") from error
-    except ValueError as error:
-        raise ServerNotReady(f"policy server at {base_url}: its answer to {path} is not vLLM's ({error})") from error
-    if status != 200:
-        raise ServerNotReady(f"policy server at {base_url} answered {path} with {status}: {body[:500]}")
-    if not isinstance(content, dict):
-        raise ServerNotReady(f"policy server at {base_url}: its answer to {path} is not vLLM's: {body[:500]}")
-    return content
 
 
 def _ask(

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY, Counter
 
 from r1zero.serving import POLICY_ROUTE, PUBLISH_FOLDER, TOKEN, VERSION_HEADER
 from r1zero.serving.routes import ROUTES
@@ -224,7 +225,14 @@ def test_an_answer_passes_as_it_comes(front: Front) -> None:
 
 def test_each_answer_says_the_version_of_the_weights(front: Front) -> None:
     assert front.ask("POST", "/v1/completions").version is None
-    assert front.policy == {"version": None, "updating": False, "refusal": None, "in_flight": 0}
+    assert front.policy == {
+        "version": None,
+        "updating": False,
+        "refusal": None,
+        "in_flight": 0,
+        "sleeping": False,
+        "tokens": 0,
+    }
     for version in (0, 7):
         front.update(version)
         assert front.ask("POST", "/v1/completions").version == str(version).encode()
@@ -280,6 +288,8 @@ def test_after_a_failed_step_nothing_is_generated_until_an_update_is_complete(
         "updating": True,
         "refusal": json.loads(refused.body)["error"],
         "in_flight": 0,
+        "sleeping": False,
+        "tokens": 0,
     }
     front.update(3)
     assert front.ask("POST", "/v1/completions").version == b"3"
@@ -351,3 +361,52 @@ def test_without_a_publish_folder_no_adapter_comes(front: Front, monkeypatch: py
 def test_what_is_no_request_for_an_adapter(front: Front, body: bytes, status: int) -> None:
     assert front.ask("POST", "/v1/load_lora_adapter", body).status == status
     assert front.behind.seen == []
+
+
+# --- sleep
+
+
+def test_nothing_is_asked_of_a_server_that_sleeps(front: Front) -> None:
+    assert front.ask("POST", "/sleep").status == 200
+    assert front.policy["sleeping"]
+    reply = front.ask("POST", "/v1/completions")
+    assert reply.status == 409 and b"the server sleeps" in reply.body
+    assert front.ask("POST", "/wake_up").status == 200
+    assert not front.policy["sleeping"]
+    assert front.ask("POST", "/v1/completions").status == 200
+
+
+def test_a_server_that_could_not_sleep_or_wake_is_as_before(front: Front) -> None:
+    front.behind.status["/sleep"] = 500
+    assert front.ask("POST", "/sleep").status == 500
+    assert not front.policy["sleeping"]
+    front.behind.status |= {"/sleep": 200, "/wake_up": 500}
+    front.ask("POST", "/sleep")
+    assert front.ask("POST", "/wake_up").status == 500
+    assert front.policy["sleeping"]
+
+
+def test_sleep_waits_for_what_is_being_generated(front: Front) -> None:
+    async def both() -> None:
+        may_end = asyncio.Event()
+        front.behind.meanwhile = may_end.wait
+        generating = asyncio.create_task(front.send("POST", "/v1/completions"))
+        await asyncio.sleep(0.05)
+        sleeping = asyncio.create_task(front.send("POST", "/sleep"))
+        await asyncio.sleep(0.1)
+        assert [path for _, path, _ in front.behind.seen] == ["/v1/completions"]
+        assert (await front.send("POST", "/v1/completions")).status == 409
+        may_end.set()
+        assert (await generating).status == (await sleeping).status == 200
+
+    asyncio.run(both())
+
+
+def test_the_tokens_made_are_counted(front: Front) -> None:
+    made = Counter("vllm:generation_tokens", "as vLLM counts them", ["engine"], registry=REGISTRY)
+    try:
+        made.labels("0").inc(40)
+        made.labels("1").inc(2)
+        assert front.policy["tokens"] == 42
+    finally:
+        REGISTRY.unregister(made)

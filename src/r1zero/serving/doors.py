@@ -5,15 +5,18 @@
 method of a worker. Here no request passes without the run's token, and none to a route that we do not use.
 """
 
+import asyncio
 import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from r1zero.serving import POLICY_ROUTE, PUBLISH_FOLDER, TOKEN, VERSION_HEADER
 from r1zero.serving.published import published
-from r1zero.serving.routes import COMPLETIONS, FINISH, LOAD_ADAPTER, ROUTES, START, UPDATE
+from r1zero.serving.routes import COMPLETIONS, FINISH, LOAD_ADAPTER, ROUTES, SLEEP, START, UPDATE, WAKE_UP
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -23,6 +26,9 @@ Headers = list[tuple[bytes, bytes]]
 
 MIXED = "mixed"
 LARGEST_ADAPTER_REQUEST = 64 * 1024  # bytes; it is a name and a path
+TOKENS_MADE = "vllm:generation_tokens_total"
+DRAIN_S = 30.0  # what is being generated may take so long to end before the server sleeps
+LOOK_S = 0.02
 
 
 def run_token() -> str:
@@ -52,6 +58,7 @@ class Doors:
         self._authorization = f"Bearer {run_token()}".encode()
         self._weights = _Weights()
         self._in_flight = 0
+        self._sleeping = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
@@ -74,18 +81,21 @@ class Doors:
             return await _answer(send, 404, {"error": "no such route"})
         path = scope["path"]
         if path == POLICY_ROUTE:
-            return await _answer(send, 200, {**self._weights.state(), "in_flight": self._in_flight})
+            state = {**self._weights.state(), "in_flight": self._in_flight, "sleeping": self._sleeping}
+            return await _answer(send, 200, {**state, "tokens": _tokens_made()})
         if path == COMPLETIONS:
             return await self._completions(scope, receive, send)
         if path == LOAD_ADAPTER:
             return await self._load_adapter(scope, receive, send)
         if path in (START, UPDATE, FINISH):
             return await self._change_weights(scope, receive, send)
+        if path in (SLEEP, WAKE_UP):
+            return await self._sleep_or_wake(scope, receive, send)
         return await self._app(scope, receive, send)
 
     async def _completions(self, scope: Message, receive: Receive, send: Send) -> None:
-        if self._weights.refusal:
-            return await _answer(send, 409, {"error": self._weights.refusal})
+        if refusal := self._weights.refusal or ("the server sleeps" if self._sleeping else ""):
+            return await _answer(send, 409, {"error": refusal})
         updates = self._weights.updates
 
         async def with_version(message: Message) -> None:
@@ -125,6 +135,26 @@ class Doors:
         length = (b"content-length", str(len(checked)).encode())
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json"), length]}
         return await self._app(scope, _replay(checked, receive), send)
+
+    async def _sleep_or_wake(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Nothing is let in once sleep was asked for, and what is inside may end: an engine asleep answers nobody."""
+        before, falls_asleep = self._sleeping, scope["path"] == SLEEP
+        if falls_asleep:
+            self._sleeping = True
+            deadline = asyncio.get_running_loop().time() + DRAIN_S
+            while self._in_flight:
+                if asyncio.get_running_loop().time() > deadline:
+                    self._sleeping = before
+                    why = f"{self._in_flight} completions are still under way after {DRAIN_S:g} s"
+                    return await _answer(send, 409, {"error": why})
+                await asyncio.sleep(LOOK_S)
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._sleeping = falls_asleep if message["status"] == 200 else before
+            await send(message)
+
+        return await self._app(scope, receive, watched)
 
     async def _change_weights(self, scope: Message, receive: Receive, send: Send) -> None:
         path, version = scope["path"], None
@@ -206,6 +236,12 @@ class _Weights:
             self._received = True
         elif path == FINISH:
             self.version, self.refusal = version, ""
+
+
+def _tokens_made() -> int:
+    """Tokens that the engine has made so far: while the number rises it lives, however long its queue is."""
+    families = REGISTRY.restricted_registry([TOKENS_MADE]).collect()
+    return int(sum(sample.value for family in families for sample in family.samples if sample.name == TOKENS_MADE))
 
 
 def _values(message: Message, name: bytes) -> list[bytes]:

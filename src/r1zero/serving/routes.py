@@ -4,6 +4,7 @@ from r1zero.serving import POLICY_ROUTE
 
 COMPLETIONS = "/v1/completions"
 LOAD_ADAPTER = "/v1/load_lora_adapter"
+SLEEP, WAKE_UP = "/sleep", "/wake_up"
 START, UPDATE, FINISH = "/start_weight_update", "/update_weights", "/finish_weight_update"
 ROUTES = frozenset(
     {
@@ -11,6 +12,6 @@ ROUTES = frozenset(
         ("GET", POLICY_ROUTE),
         *(("POST", path) for path in (COMPLETIONS, LOAD_ADAPTER, "/v1/unload_lora_adapter")),
         *(("POST", path) for path in ("/init_weight_transfer_engine", START, UPDATE, FINISH)),
-        *(("POST", path) for path in ("/reset_prefix_cache", "/sleep", "/wake_up")),
+        *(("POST", path) for path in ("/reset_prefix_cache", SLEEP, WAKE_UP)),
     }
 )

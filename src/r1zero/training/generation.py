@@ -1,7 +1,7 @@
 """The policy server, as the trainer sees it: publish a policy version, prove that it arrived, sample from it.
 
-TRL builds a `VLLMGeneration` of its own, which has no deadlines, merges adapters, and believes that what it sent is what
-is served. `PolicyServer` stands in its place.
+TRL builds a `VLLMGeneration` of its own, which has no deadlines, merges adapters, and believes that what it sent is
+what is served. `PolicyServer` stands in its place.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -23,7 +23,6 @@ from r1zero.training.generation import PolicyServer, ServerSettings
 from r1zero.training.session import finish, session, without_printer
 from r1zero.training.trainer import PolicyTrainer
 
-
 PROBED_TOKENS = 512
 MEMORY_GIB = "R1ZERO_TRAINER_MEMORY_GIB"  # set by the plan where server and trainer share a GPU
 

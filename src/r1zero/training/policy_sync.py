@@ -41,7 +41,10 @@ class PublishError(Exception):
 class ControlPlane(Protocol):
     """What publishing needs of `r1zero.policy_client.PolicyClient`: calls that are sent exactly once."""
 
-    base_urls: Sequence[str]
+    @property
+    def base_urls(self) -> Sequence[str]:
+        """Of the servers."""
+        ...
 
     def control_all(
         self,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from r1zero.restarts import Refusal
 from r1zero.run_folder import write_json
 from r1zero.training.policy_sync import on_main_process
 
@@ -37,7 +38,7 @@ STANDARD_ERRORS = 4.0  # one in 30,000, for each publish that is judged
 Logprobs = list[list[float]]  # of each sequence, of each token but the first; nats
 
 
-class PolicyMismatch(Exception):
+class PolicyMismatch(Refusal):
     """Server and trainer have not the same policy; the message says how that showed."""
 
 

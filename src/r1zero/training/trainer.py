@@ -223,6 +223,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _peak_memory() -> dict[str, float]:
+    """The most that this process has held of its GPU so far, in GiB; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"memory/peak_gib": torch.cuda.max_memory_reserved() / 2**30}
+
+
 class Clock:
     """Seconds by phase since the last reading. Phases may nest: the inner one's time is not counted in the outer."""
 
@@ -301,7 +308,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
         if steps < 1 or logs is None or "train_runtime" in logs:
             return  # the closing summary of transformers' Trainer, not a step
         self._last_step = state.global_step
-        seconds = self.clock.read(steps)
+        seconds = self.clock.read(steps) | _peak_memory()
         self._recent.append(seconds["seconds/step"])
         left = sum(self._recent) / len(self._recent) * (state.max_steps - state.global_step)
         self.recorder.step(
