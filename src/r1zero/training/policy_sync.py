@@ -160,6 +160,7 @@ class AdapterPublisher:
         self._model, self._accelerator, self._client = model, accelerator, client
         self._folder = publish_folder.absolute()  # the server has a working folder of its own
         self._timeout_s, self._dtype = timeout_s, dtype
+        self._copied = HostCopy(dtype)
         self._version: int | None = None
 
     @property
@@ -191,10 +192,7 @@ class AdapterPublisher:
         """
         from peft import get_peft_model_state_dict
 
-        state = {
-            name: each.detach().to(self._dtype).to("cpu", copy=True).contiguous()
-            for name, each in self._parameters().items()
-        }
+        state = self._copied(self._parameters())
         policy = _unwrapped(self._accelerator, self._model)
         named: dict[str, torch.Tensor] = get_peft_model_state_dict(
             policy, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
@@ -255,6 +253,7 @@ class SharedMemoryPublisher:
         self._model, self._accelerator, self._client = model, accelerator, client
         self._folder, self._timeout_s = publish_folder, timeout_s
         self._dtype, self._bucket_bytes = dtype, bucket_bytes
+        self._copied = HostCopy(dtype)
         self._met = False
 
     def publish(self, version: int) -> Published:
@@ -283,11 +282,37 @@ class SharedMemoryPublisher:
         try:
             with _writing(file, _bytes(bucket, self._dtype)):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                tensors = {key: each.detach().to(self._dtype).to("cpu").contiguous() for key, each in bucket}
-                save_file(tensors, file)
+                save_file(self._copied(dict(bucket)), file)
             _post(self._client, "/update_weights", {"update_info": {"files": [name]}}, deadline)
         finally:
             file.unlink(missing_ok=True)
+
+
+class HostCopy:
+    """Copies tensors into CPU memory that is kept from one publish to the next, so each call overwrites the last one's.
+
+    Memory that is taken anew comes page by page when it is first written, and on virtual machines that give unused
+    memory back to their host this took seconds for an adapter of 240 MB; on a GPU it is pinned besides.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Contiguous copies under the same names, valid until the next call."""
+        size = sum(each.numel() for each in tensors.values())
+        on_gpu = any(each.is_cuda for each in tensors.values())
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=self._dtype, pin_memory=on_gpu)
+        copies, at = {}, 0
+        for name, each in tensors.items():
+            copies[name] = self._memory[at : at + each.numel()].view(each.shape)
+            copies[name].copy_(each.detach(), non_blocking=True)
+            at += each.numel()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
 
 
 @dataclass(frozen=True)
