@@ -29,7 +29,7 @@ STEP = {
     **{"step": 7, "steps": 110, "reward": 0.12345, "loss": 0.5, "completions/mean_length": 31.6, "seconds_left": 75},
     **{
         "seconds/generate": 0.456,
-        "seconds/sync": 0.0149,
+        "seconds/publish": 0.0149,
         "seconds/train": 1.0,
         "seconds/grade": 9.0,
         "seconds/step": 9,
@@ -42,14 +42,14 @@ STEP = {
     [
         (
             {},
-            "step   7/110  reward 0.123  length 32  generate 0.46 s  sync 0.01 s  train 1.00 s  left 1 min 15 s",
+            "step   7/110  reward 0.123  length 32  publish 0.01 s  generate 0.46 s  train 1.00 s  left 1 min 15 s",
         ),
         (
-            {"seconds/sync": None, "reward": 0.0},
+            {"seconds/publish": None, "reward": 0.0},
             "step   7/110  reward 0.000  length 32  generate 0.46 s  train 1.00 s  left 1 min 15 s",
         ),
         (
-            {"reward": None, "completions/mean_length": None, "seconds/generate": None, "seconds/sync": None},
+            {"reward": None, "completions/mean_length": None, "seconds/generate": None, "seconds/publish": None},
             "step   7/110  loss 0.5000  train 1.00 s  left 1 min 15 s",
         ),
     ],

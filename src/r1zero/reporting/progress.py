@@ -30,7 +30,7 @@ def step_line(metrics: Mapping[str, Any]) -> str:
         words.append(f"loss {metrics['loss']:.4f}")
     if metrics.get("completions/mean_length") is not None:
         words.append(f"length {metrics['completions/mean_length']:.0f}")
-    for phase in ("generate", "sync", "train"):
+    for phase in ("publish", "probe", "generate", "train"):
         if metrics.get(f"seconds/{phase}"):
             words.append(f"{phase} {metrics[f'seconds/{phase}']:.2f} s")
     words.append(f"left {duration(metrics['seconds_left'])}")

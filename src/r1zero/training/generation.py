@@ -107,27 +107,39 @@ class PolicyServer:
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
     def publish(self, version: int) -> dict[str, float]:
-        """Make `version` what the servers sample from, and compare them with the trainer. A collective.
+        """Make `version` what the servers sample from. A collective.
 
         Returns:
-            Metrics: seconds and bytes of the publish, and what the probe found.
+            Metrics: seconds and bytes.
+
+        Raises:
+            PolicyServerError: a server refused, was gone, or was too slow.
+        """
+        self.wake()
+        published = self.publisher.publish(version)
+        self.version = version
+        return {"publish/seconds": published.seconds, "publish/bytes": float(published.bytes)}
+
+    def prove(self) -> dict[str, float]:
+        """Compare the servers with the trainer after a publish. A collective.
+
+        Returns:
+            Metrics: what the probe found.
 
         Raises:
             PolicyServerError: a server refused, was gone, or was too slow.
             PolicyMismatch: the servers have another policy than the trainer.
         """
-        self.wake()
-        published = self.publisher.publish(version)
-        self.version = version
-        found = self.probe.check(
+        if self.version is None:
+            raise RuntimeError("nothing was published yet")
+        return self.probe.check(
             self._model,
             self._accelerator,
-            version,
+            self.version,
             lambda sequences: self.client.prompt_logprobs(
                 sequences, model=self.publisher.adapter_name, timeout_s=self.settings.publish_timeout
             ),
         )
-        return {"publish/seconds": published.seconds, "publish/bytes": float(published.bytes), **found}
 
     def wake(self) -> None:
         """Give the servers their memory back, where they gave it up."""

@@ -1,5 +1,6 @@
 """One trainer process of GRPO, from model to final score."""
 
+import contextlib
 import functools
 import os
 import time
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainerControl, Trainer
 from trl import get_peft_config, get_quantization_config
 
 from r1zero import model_facts
+from r1zero.plan import TRAINER_MEMORY
 from r1zero.recipe import Recipe
 from r1zero.run_folder import RunFolder
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
@@ -24,7 +26,6 @@ from r1zero.training.session import finish, session, without_printer
 from r1zero.training.trainer import PolicyTrainer
 
 PROBED_TOKENS = 512
-MEMORY_GIB = "R1ZERO_TRAINER_MEMORY_GIB"  # set by the plan where server and trainer share a GPU
 
 
 def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path, resume: Path | None = None) -> None:
@@ -58,21 +59,22 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
             alerts={"unparsed": recipe.own.alert_unparsed, "timed_out": recipe.own.alert_timed_out},
             server=_server(recipe, recorder.folder, problems, tokenizer),
         )
-        without_printer(trainer)
-        scores: dict[str, Any] = {}
-        if test and recipe["eval_on_start"] and resume is None:
-            scores["before"] = asdict(held_out.measure(trainer, test, recipe.own, "measuring before training"))
-        if test and recipe["eval_strategy"] == "steps":
-            trainer.add_callback(_MeasureOnTheWay(trainer, test, recipe))
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        if test:
-            scores["after"] = asdict(held_out.measure(trainer, test, recipe.own, "measuring after training"))
-        finish(recorder, trainer, began, {"held_out": scores})
+        with contextlib.closing(trainer):
+            without_printer(trainer)
+            scores: dict[str, Any] = {}
+            if test and recipe["eval_on_start"] and resume is None:
+                scores["before"] = asdict(held_out.measure(trainer, test, recipe.own, "measuring before training"))
+            if test and recipe["eval_strategy"] == "steps":
+                trainer.add_callback(_MeasureOnTheWay(trainer, test, recipe))
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            if test:
+                scores["after"] = asdict(held_out.measure(trainer, test, recipe.own, "measuring after training"))
+            finish(recorder, trainer, began, {"held_out": scores})
 
 
 def _hold_memory() -> None:
     """Take no more of the GPU than the plan gives the trainer, so that it fails here and not in the server."""
-    limit = os.environ.get(MEMORY_GIB)
+    limit = os.environ.get(TRAINER_MEMORY)
     if limit and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, float(limit) * 2**30 / total))

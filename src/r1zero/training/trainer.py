@@ -81,6 +81,11 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         """The optimizer step whose weights make the completions that are generated in this process."""
         return int(self._last_loaded_step if self.use_vllm else self.state.global_step)
 
+    def close(self) -> None:
+        """Leave the policy servers, where there are any."""
+        if self.server:
+            self.server.close()
+
     def clipped(self, completion_ids: Sequence[int]) -> bool:
         """Whether a completion was cut off, ended neither by its end token nor by a stop string."""
         return clipped(completion_ids, self.eos_token_ids) and not self.stop.ended(completion_ids)
@@ -120,6 +125,8 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
             return
         with self.clock.phase("publish"):
             metrics = self.server.publish(self.state.global_step)
+        with self.clock.phase("probe"):
+            metrics |= self.server.prove()
         self._last_loaded_step = self.state.global_step
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
