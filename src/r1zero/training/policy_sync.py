@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from r1zero.policy_client import PolicyClient
 from r1zero.serving import VERSION_HEADER
 
 ADAPTER = "default"  # PEFT's name for the adapter that is trained
@@ -36,26 +37,6 @@ Bucket = list[tuple[str, torch.Tensor]]
 
 class PublishError(Exception):
     """A policy version could not be published; the message says what is in the way."""
-
-
-class ControlPlane(Protocol):
-    """What publishing needs of `r1zero.policy_client.PolicyClient`: calls that are sent exactly once."""
-
-    @property
-    def base_urls(self) -> Sequence[str]:
-        """Of the servers."""
-        ...
-
-    def control_all(
-        self,
-        method: str,
-        path: str,
-        bodies: Sequence[Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> list[Any]:
-        """Each server's answer, in the order of `base_urls`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +85,7 @@ def make(
     route: str,
     model: torch.nn.Module,
     accelerator: Any,
-    client: ControlPlane,
+    client: PolicyClient,
     *,
     publish_folder: Path,
     timeout_s: float,
@@ -152,7 +133,7 @@ class AdapterPublisher:
         self,
         model: torch.nn.Module,
         accelerator: Any,
-        client: ControlPlane,
+        client: PolicyClient,
         publish_folder: Path,
         timeout_s: float,
         dtype: torch.dtype,
@@ -244,7 +225,7 @@ class SharedMemoryPublisher:
         self,
         model: torch.nn.Module,
         accelerator: Any,
-        client: ControlPlane,
+        client: PolicyClient,
         publish_folder: Path,
         timeout_s: float,
         dtype: torch.dtype,
@@ -342,7 +323,7 @@ class NcclPublisher:
         self,
         model: torch.nn.Module,
         accelerator: Any,
-        client: ControlPlane,
+        client: PolicyClient,
         meeting: Meeting,
         timeout_s: float,
         dtype: torch.dtype,
@@ -625,12 +606,12 @@ def _too_little(path: Path, size: int, free: int) -> str:
 
 
 def _post(
-    client: ControlPlane, path: str, body: Any, deadline: float, headers: Mapping[str, str] | None = None
+    client: PolicyClient, path: str, body: Any, deadline: float, headers: Mapping[str, str] | None = None
 ) -> list[Any]:
     return client.control_all("POST", path, [body] * len(client.base_urls), headers, _left(deadline))
 
 
-def _finish(client: ControlPlane, version: int, deadline: float) -> None:
+def _finish(client: PolicyClient, version: int, deadline: float) -> None:
     """End a weight update; what was computed with the old weights must not be read any more."""
     _post(client, "/finish_weight_update", {}, deadline, {VERSION_HEADER: str(version)})
     answers = client.control_all("POST", "/reset_prefix_cache", timeout_s=_left(deadline))
