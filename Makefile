@@ -36,7 +36,7 @@ demo: env
 	$(BIN)/python launch/run.py recipes/tiny/arithmetic_grpo.yaml
 
 # The tests against a real policy server run where there is one.
-REAL_SERVER = $(if $(wildcard $(CPU_SERVER)/.ready),R1ZERO_CPU_SERVER_PYTHON=$(CPU_SERVER)/bin/python)
+REAL_SERVER = $(if $(wildcard $(CPU_SERVER)/.ready),R1ZERO_CPU_SERVER_PYTHON=$(abspath $(CPU_SERVER))/bin/python)
 test: env
 	$(REAL_SERVER) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing:skip-covered
 

@@ -358,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hardware",
         metavar="NxG[:GIB]",
-        help="with --dry-run: plan for N nodes of G GPUs, for example 1x2:80 (GIB is shown, not checked)",
+        help="with --dry-run: plan for N nodes of G GPUs of GIB memory, for example 1x2:80",
     )
     return parser
 
