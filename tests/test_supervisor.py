@@ -56,8 +56,17 @@ def pid_in(file: Path) -> int:
     return int(file.read_text())
 
 
+others: set[int] = set()  # children of this process that are none of the test's, such as a policy server
+
+
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    others.clear()
+    others.update(child.pid for child in psutil.Process().children())
+
+
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if lives(child.pid)]
+    return [child for child in psutil.Process().children() if child.pid not in others and lives(child.pid)]
 
 
 @pytest.fixture

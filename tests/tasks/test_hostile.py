@@ -30,6 +30,7 @@ class Watch:
     growth_bytes: int = 0  # of this process
     sockets: set[str] = field(default_factory=set)
     calls: int = 0
+    before: frozenset[int] = frozenset()  # what other tests left to live on, such as a policy server
 
     def run(self, stop: threading.Event, listener: socket.socket) -> None:
         me = psutil.Process()
@@ -37,6 +38,8 @@ class Watch:
         while not stop.wait(0.03):
             self.growth_bytes = max(self.growth_bytes, me.memory_info().rss - start)
             for process in me.children(recursive=True):
+                if process.pid in self.before:
+                    continue
                 try:
                     self.most_bytes = max(self.most_bytes, process.memory_info().rss)
                     self.sockets |= {str(one) for one in process.net_connections("inet")}
@@ -58,10 +61,10 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.chdir(folders[0])
     monkeypatch.setenv("HOME", str(folders[1]))
     monkeypatch.setenv("TMPDIR", str(folders[2]))
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    before = frozenset(process.pid for process in psutil.Process().children(recursive=True))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        watch = Watch(port=listener.getsockname()[1])
+        watch = Watch(port=listener.getsockname()[1], before=before)
         stop = threading.Event()
         thread = threading.Thread(target=watch.run, args=(stop, listener))
         thread.start()
