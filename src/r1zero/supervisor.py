@@ -39,7 +39,11 @@ WARDEN_LOOK_S = 2.0
 FOLDER_PREFIX = "r1zero-"
 TRACEBACK = "Traceback (most recent call last):"
 ERROR = re.compile(r"(\([^)]*\) )?(?P<error>error|[A-Za-z_][\w.]*(Error|Exception)): ")
-SAYS_LITTLE = ("See root cause above", "ChildFailedError")  # vLLM's and torch elastic's last words: the cause is above
+SAYS_LITTLE = (
+    "See root cause above",
+    "See stack trace (above)",
+    "ChildFailedError",
+)  # vLLM's and torch elastic's last words: the cause is above
 ERROR_CHARACTERS = 400
 SCRIPT_ENDED = "accelerate: the script "
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from r1zero import tiny
 from r1zero.hardware import free_ports
+from r1zero.model_facts import PROJECTIONS
 from r1zero.policy_server import serve_argv, serve_env, wait_until_ready
 from r1zero.serving import PUBLISH_FOLDER, SHARED_MEMORY, TOKEN
 
@@ -151,6 +152,7 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         dtype="float32",
         weight_transfer=SHARED_MEMORY,
         lora_rank=8,
+        lora_target_modules=PROJECTIONS,
         cpu=True,
     )
     token = secrets.token_urlsafe(32)

@@ -6,7 +6,8 @@ R1ZERO_NOTES names a folder that takes the notes: `secrets.json` (the token and 
 
 - WHO SIGNAL PHASE: WHO is "api" or "engine", the signal goes to that process of the server. PHASE of the second step
   is "generating", "training", "publishing" (its file is written, the server has not been told) or "measuring".
-- old-adapter: from the second publish after the first step on, a new name is given to the first adapter's weights.
+- old-adapter: every publish gives its new name to the first adapter's weights. For a trainer that is started by hand:
+  it looks at the reward before it publishes anything.
 """
 
 import functools
