@@ -280,6 +280,25 @@ def test_a_temporary_folder_goes_also_where_somebody_killed_the_warden(tmp_path:
     assert not folder.exists()
 
 
+def test_shared_memory_of_the_killed_does_not_stay(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, signal, time
+from multiprocessing import resource_tracker, shared_memory
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+made = shared_memory.SharedMemory(create=True, size=4096)
+resource_tracker.unregister("/" + made.name, "shared_memory")
+pathlib.Path({str(tmp_path / "new")!r}).write_text(made.name)
+pathlib.Path({str(tmp_path / "new")!r}).rename({str(tmp_path / "name")!r})
+time.sleep(600)
+"""
+    with Supervisor(tmp_path, stop_grace_s=0.5) as supervisor:
+        supervisor.start(python("server", code))
+        until((tmp_path / "name").exists, 20)
+        segment = Path("/dev/shm") / (tmp_path / "name").read_text()
+        assert segment.exists()
+    assert not segment.exists()
+
+
 def test_the_stop_leaves_other_processes_alone(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", SLEEP])
     try:

@@ -166,9 +166,13 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 
 def _end(tree: _Tree, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> list[psutil.Process]:
-    """SIGTERM to all of `tree`, SIGKILL to the rest after `grace_s` or once `hurry()`. Returns what even that left."""
+    """SIGTERM to all of `tree`, SIGKILL to the rest after `grace_s` or once `hurry()`. Returns what even that left.
+
+    The shared memory that Python made for them goes too: who is killed leaves it in /dev/shm, and vLLM's is large.
+    """
     deadline = time.monotonic() + grace_s
     asked: set[psutil.Process] = set()
+    shared: dict[psutil.Process, set[str]] = {}
     looks_without = 0  # two: a process can be born while one looks, by a parent that is gone when it is looked at
     while looks_without < 2:
         living = tree.living()
@@ -177,6 +181,8 @@ def _end(tree: _Tree, grace_s: float, hurry: Callable[[], bool] = lambda: False)
         if now > deadline + UNKILLABLE_S:
             return living
         for process in living:
+            if process not in shared:
+                shared[process] = _shared_memory(process.pid)
             with suppress(psutil.Error):
                 if now >= deadline or hurry():
                     process.kill()
@@ -186,7 +192,17 @@ def _end(tree: _Tree, grace_s: float, hurry: Callable[[], bool] = lambda: False)
                     process.resume()  # one that was stopped (SIGSTOP) would not take the signal before it is killed
         if living:
             time.sleep(POLL_S)
+    for file in set().union(*shared.values()):
+        Path(file).unlink(missing_ok=True)
     return []
+
+
+def _shared_memory(pid: int) -> set[str]:
+    """The files of `multiprocessing.shared_memory` that the process has mapped."""
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/maps").read_text(errors="replace").split()
+        return {word for word in words if word.startswith("/dev/shm/psm_")}
+    return set()
 
 
 @dataclass
