@@ -152,10 +152,11 @@ class AdapterPublisher:
         if version == self._version:
             return Published(version, 0.0, 0, "adapter")  # it is served already, under the name that it would get
         began = time.monotonic()
-        with _gathered(list(self._parameters().values())):
-            on_main_process(self._accelerator, lambda: self._hand_over(version, began + self._timeout_s))
+        parameters = self._parameters()
+        with _gathered(list(parameters.values())):
+            on_main_process(self._accelerator, lambda: self._hand_over(version, parameters, began + self._timeout_s))
         self._version = version
-        size = sum(self._dtype.itemsize * _size(each) for each in self._parameters().values())
+        size = sum(self._dtype.itemsize * _size(each) for each in parameters.values())
         return Published(version, time.monotonic() - began, size, "adapter")
 
     def close(self) -> None:
@@ -165,7 +166,7 @@ class AdapterPublisher:
         named = _unwrapped(self._accelerator, self._model).named_parameters()
         return {name: each for name, each in named if f".{ADAPTER}." in name or name.endswith(f".{ADAPTER}")}
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _weights(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
         """The adapter under the names of its file.
 
         PEFT is given the adapter's parameters, since by itself it would take the state of the whole model: for 4-bit
@@ -173,18 +174,18 @@ class AdapterPublisher:
         """
         from peft import get_peft_model_state_dict
 
-        state = self._copied(self._parameters())
+        state = self._copied(parameters)
         policy = _unwrapped(self._accelerator, self._model)
         named: dict[str, torch.Tensor] = get_peft_model_state_dict(
             policy, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
         )
         return named
 
-    def _hand_over(self, version: int, deadline: float) -> None:
+    def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
         name, previous = _adapter_name(version), self.adapter_name
         if previous is None:
             self._forget_strangers(deadline)
-        self._write(name, self._weights())
+        self._write(name, self._weights(parameters))
         body = {"lora_name": name, "lora_path": str(self._folder / name)}
         self._post("/v1/load_lora_adapter", body, deadline, {VERSION_HEADER: str(version)})
         if previous is not None:
@@ -216,10 +217,58 @@ class AdapterPublisher:
         _post(self._client, path, body, deadline, headers)
 
 
-class SharedMemoryPublisher:
-    """All weights as files, bucket by bucket; our own engine in the servers (`SHARED_MEMORY`) reads them."""
+class WeightsPublisher:
+    """All weights, bucket by bucket; how a bucket travels is a subclass's matter."""
 
     adapter_name = None
+    route: str
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        accelerator: Any,
+        client: PolicyClient,
+        timeout_s: float,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+    ) -> None:
+        self._model, self._accelerator, self._client = model, accelerator, client
+        self._timeout_s, self._dtype, self._bucket_bytes = timeout_s, dtype, bucket_bytes
+        self._met = False
+
+    def publish(self, version: int) -> Published:
+        began = time.monotonic()
+        deadline = began + self._timeout_s
+        on_main_process(self._accelerator, lambda: self._start(deadline))
+        size = 0
+        for bucket in iter_full_parameters(self._model, self._accelerator, self._bucket_bytes):
+            on_main_process(self._accelerator, partial(self._send, bucket, deadline))
+            size += _bytes(bucket, self._dtype)
+        on_main_process(self._accelerator, lambda: _finish(self._client, version, deadline))
+        return Published(version, time.monotonic() - began, size, self.route)
+
+    def close(self) -> None:
+        pass
+
+    def _start(self, deadline: float) -> None:
+        if not self._met:
+            self._meet(deadline)
+            self._met = True
+        _post(self._client, "/start_weight_update", {}, deadline)
+
+    def _meet(self, deadline: float) -> None:
+        """Make ready what the servers receive weights with; once for all publishes."""
+        raise NotImplementedError
+
+    def _send(self, bucket: Bucket, deadline: float) -> None:
+        """Hand one bucket over; returns when the servers have it."""
+        raise NotImplementedError
+
+
+class SharedMemoryPublisher(WeightsPublisher):
+    """All weights as files, bucket by bucket; our own engine in the servers (`SHARED_MEMORY`) reads them."""
+
+    route = "shared_memory"
 
     def __init__(
         self,
@@ -231,34 +280,17 @@ class SharedMemoryPublisher:
         dtype: torch.dtype,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._model, self._accelerator, self._client = model, accelerator, client
-        self._folder, self._timeout_s = publish_folder, timeout_s
-        self._dtype, self._bucket_bytes = dtype, bucket_bytes
+        super().__init__(model, accelerator, client, timeout_s, dtype, bucket_bytes)
+        self._folder = publish_folder
         self._copied = HostCopy(dtype)
-        self._met = False
+        self._sent = 0
 
-    def publish(self, version: int) -> Published:
-        began = time.monotonic()
-        deadline = began + self._timeout_s
-        on_main_process(self._accelerator, lambda: self._start(deadline))
-        size = 0
-        for number, bucket in enumerate(iter_full_parameters(self._model, self._accelerator, self._bucket_bytes)):
-            name = f"weights-{version}-{number}.safetensors"
-            on_main_process(self._accelerator, partial(self._send, name, bucket, deadline))
-            size += _bytes(bucket, self._dtype)
-        on_main_process(self._accelerator, lambda: _finish(self._client, version, deadline))
-        return Published(version, time.monotonic() - began, size, "shared_memory")
+    def _meet(self, deadline: float) -> None:
+        _post(self._client, "/init_weight_transfer_engine", {"init_info": {}}, deadline)
 
-    def close(self) -> None:
-        pass
-
-    def _start(self, deadline: float) -> None:
-        if not self._met:
-            _post(self._client, "/init_weight_transfer_engine", {"init_info": {}}, deadline)
-            self._met = True
-        _post(self._client, "/start_weight_update", {}, deadline)
-
-    def _send(self, name: str, bucket: Bucket, deadline: float) -> None:
+    def _send(self, bucket: Bucket, deadline: float) -> None:
+        name = f"weights-{self._sent}.safetensors"
+        self._sent += 1
         file = self._folder / name
         try:
             with _writing(file, _bytes(bucket, self._dtype)):
@@ -309,7 +341,7 @@ class Meeting:
     port: int
 
 
-class NcclPublisher:
+class NcclPublisher(WeightsPublisher):
     """All weights from the main process's GPU to the workers of all servers, in one group of their own.
 
     NCCL cannot be interrupted from Python. So each broadcast runs in a thread that dies with the process, and this one
@@ -317,7 +349,7 @@ class NcclPublisher:
     can end, although the broadcast never will.
     """
 
-    adapter_name = None
+    route = "nccl"
 
     def __init__(
         self,
@@ -330,32 +362,12 @@ class NcclPublisher:
         bucket_bytes: int = BUCKET_BYTES,
         wire: "Wire | None" = None,
     ) -> None:
-        self._model, self._accelerator, self._client = model, accelerator, client
-        self._meeting, self._timeout_s = meeting, timeout_s
-        self._dtype, self._bucket_bytes = dtype, bucket_bytes
-        self._wire = wire
-        self._met = False
-
-    def publish(self, version: int) -> Published:
-        began = time.monotonic()
-        deadline = began + self._timeout_s
-        on_main_process(self._accelerator, lambda: self._start(deadline))
-        size = 0
-        for bucket in iter_full_parameters(self._model, self._accelerator, self._bucket_bytes):
-            on_main_process(self._accelerator, partial(self._send, bucket, deadline))
-            size += _bytes(bucket, self._dtype)
-        on_main_process(self._accelerator, lambda: _finish(self._client, version, deadline))
-        return Published(version, time.monotonic() - began, size, "nccl")
+        super().__init__(model, accelerator, client, timeout_s, dtype, bucket_bytes)
+        self._meeting, self._wire = meeting, wire
 
     def close(self) -> None:
         if self._wire is not None:
             self._wire.close()
-
-    def _start(self, deadline: float) -> None:
-        if not self._met:
-            self._meet(deadline)
-            self._met = True
-        _post(self._client, "/start_weight_update", {}, deadline)
 
     def _meet(self, deadline: float) -> None:
         """Form the group: the workers of each server have the ranks after those of the server before it."""
