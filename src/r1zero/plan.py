@@ -677,7 +677,7 @@ def _server(
         gpu_memory_utilization=budget.utilization,
         max_model_len=_server_context(recipe, model),
         max_num_seqs=_server_sequences(batch, place),
-        dtype="float16" if recipe["fp16"] else "float32" if cpu and not recipe["bf16"] else "bfloat16",
+        dtype=recipe.served_dtype(cpu),
         trust_remote_code=recipe["trust_remote_code"],
         seed=recipe["seed"],
         weight_transfer={"nccl": "nccl", "shared_memory": SHARED_MEMORY}.get(publish or ""),

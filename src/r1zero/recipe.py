@@ -367,6 +367,12 @@ class Recipe:
         """Whether the policy server is ours to start."""
         return self.dedicated_server and self.running_server is None
 
+    def served_dtype(self, cpu: bool) -> str:
+        """The type of the weights that the policy server computes with, as vLLM and torch name it."""
+        if self["fp16"]:
+            return "float16"
+        return "float32" if cpu and not self["bf16"] else "bfloat16"
+
     def resolved(self) -> dict[str, Any]:
         """Every own key and every given TRL key, flat, as it is written into the run folder and can be run again.
 

@@ -66,6 +66,7 @@ class Trainer:
             publish_folder=self.folder,
             route=self.route,
             group_port=0,
+            dtype=torch.float32,
             generation_timeout=generation_s,
             publish_timeout=publish_s,
             probe_tolerance=1e-3,

@@ -29,6 +29,7 @@ class ServerSettings:
         publish_folder: where adapters and weights are laid down for them.
         route: "adapter", "nccl" or "shared_memory".
         group_port: TCP port at which the servers meet the trainer, for nccl.
+        dtype: of the servers' weights.
         generation_timeout: seconds for a round of generation.
         publish_timeout: seconds for a publish.
         probe_tolerance: nats, see `Probe`.
@@ -41,6 +42,7 @@ class ServerSettings:
     publish_folder: Path
     route: str
     group_port: int
+    dtype: torch.dtype
     generation_timeout: float
     publish_timeout: float
     probe_tolerance: float
@@ -93,7 +95,7 @@ class PolicyServer:
             publish_folder=settings.publish_folder,
             timeout_s=settings.publish_timeout,
             group_port=settings.group_port,
-            dtype=torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32,
+            dtype=settings.dtype,
         )
         self.probe = Probe(probed, settings.probe_tolerance, settings.evidence)
         self.rollouts = ServerRollouts(self.client, lambda: (self.version, self.publisher.adapter_name))

@@ -93,6 +93,7 @@ def _server(
         publish_folder=Path(os.environ.get(PUBLISH_FOLDER) or folder.path / "publish"),
         route=_route(recipe),
         group_port=recipe["vllm_group_port"],
+        dtype=getattr(torch, recipe.served_dtype(cpu=not torch.cuda.is_available())),
         generation_timeout=own.generation_timeout,
         publish_timeout=own.publish_timeout,
         probe_tolerance=own.probe_tolerance,
