@@ -188,6 +188,9 @@ class OwnKeys:
         "empty: 1, or 0 where there is only one GPU",
     )
     trainer_gpus: int | None = _key(None, "GPUs for the trainer, one process each; empty: all that the server leaves")
+    cpu_processes: int = _key(
+        1, "trainer processes on each node that has no GPU; more than one needs accelerate_config ddp, zero2 or zero3"
+    )
     server_ready_timeout: float = _key(600.0, "give up when the policy server has not made a token by then; seconds")
     server_silence_timeout: float = _key(
         30.0, "a policy server that makes no token for so long, when asked for one, has failed; seconds"
@@ -196,6 +199,19 @@ class OwnKeys:
     publish_timeout: float = _key(300.0, "a new policy version must have reached the policy server by then; seconds")
     max_restarts: int = _key(
         3, "start server and trainer again, as a pair and from the newest checkpoint, so often after one of them failed"
+    )
+    preemption_grace: float = _key(
+        240.0,
+        "after the signal that the time is over (SIGUSR1) the run has so long to write a checkpoint; then it is ended "
+        "and goes on from the one before; seconds",
+    )
+    max_requeues: int = _key(
+        3, "give up after so many requeues in a row by which no optimizer step was made; the count is in requeues.json"
+    )
+    seed_rollouts: bool = _key(
+        False,
+        "ask the policy server for each completion with a seed of its own, from seed, step and place, so that a run "
+        "that was interrupted draws the same ones again; costs some speed",
     )
     publish: str = _key(
         "auto",
