@@ -32,11 +32,12 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
 FULL = {"learning_rate": 3e-4}
+SHARED = {"server_gpus": 0, "trainer_gpus": 1}
 APART = {"server_gpus": 1, "trainer_gpus": 1}
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "one GPU, LoRA": (1, "adapter", {**LORA, "server_gpus": 0}),
-    "one GPU, all weights": (1, "shared_memory", {**FULL, "server_gpus": 0}),
-    "one GPU, the server sleeps": (1, "adapter", {**LORA, "server_gpus": 0, "vllm_enable_sleep_mode": "true"}),
+    "one GPU, LoRA": (1, "adapter", {**LORA, **SHARED}),
+    "one GPU, all weights": (1, "shared_memory", {**FULL, **SHARED}),
+    "one GPU, the server sleeps": (1, "adapter", {**LORA, **SHARED, "vllm_enable_sleep_mode": "true"}),
     "two GPUs, all weights": (2, "nccl", {**FULL, **APART}),
     "two GPUs, ZeRO-3": (2, "nccl", {**FULL, **APART, "accelerate_config": "zero3"}),
     "three GPUs, two servers": (3, "nccl", {**FULL, "server_gpus": 2, "trainer_gpus": 1}),
