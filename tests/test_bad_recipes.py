@@ -304,7 +304,57 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "fewer restarts than none": ({"max_restarts": -1}, "1x0", ["max_restarts = -1", "0 never starts them again"]),
     "a probe that nothing passes": ({"probe_tolerance": 0}, "1x0", ["probe_tolerance = 0", "must be positive"]),
     "vLLM inside a trainer without a GPU": ({"use_vllm": True}, "1x0", ["use_vllm", "needs a GPU", "use_vllm: false"]),
-    "several nodes": ({}, "2x8", ["nodes = 2", "not built yet"]),
+    "server GPUs that no nodes add up to": (
+        {**SERVER, **MODEL, "server_gpus": 5},
+        "4x8",
+        ["server_gpus = 5", "5 / 8 = 0.625", "each of 4 nodes (5 / 4 = 1.25)", "use 4 or 8"],
+    ),
+    "server GPUs that tensor parallelism does not divide on each node": (
+        {**SERVER, **MODEL, "server_gpus": 12, "vllm_tensor_parallel_size": 4},
+        "4x8",
+        ["server_gpus = 12", "12 / 8 = 1.5", "12 / 4 = 3, in groups of 4", "use 8 or 16"],
+    ),
+    "server GPUs on all nodes": (
+        {**SERVER, **MODEL, "server_gpus": 16},
+        "2x8",
+        ["server_gpus = 16", "2 nodes x 8 GPUs = 16", "nothing is left for the trainer", "use 14"],
+    ),
+    "one GPU shared by several nodes": (
+        {**SERVER, **MODEL, "server_gpus": 0},
+        "2x8",
+        ["server_gpus = 0", "on one node only, and 2 are here", "use 2"],
+    ),
+    "a server across nodes": (
+        {**SERVER, **MODEL, "vllm_tensor_parallel_size": 16},
+        "2x8",
+        ["vllm_tensor_parallel_size = 16", "a server lies on one node", "use 1 or 2 or 4 or 8"],
+    ),
+    "trainer GPUs that nodes do not share evenly": (
+        {**SERVER, **MODEL, "server_gpus": 8, "trainer_gpus": 11},
+        "4x8",
+        ["trainer_gpus = 11", "3 node(s) have 8 GPUs each", "use 10 or 12", "all 24"],
+    ),
+    "more GPUs than the nodes have": (
+        {**SERVER, **MODEL, "server_gpus": 8, "trainer_gpus": 26},
+        "4x8",
+        ["trainer_gpus = 26", "server 8 + trainer 26 = 34 GPUs, 32 here", "use 24"],
+    ),
+    "processes on the CPU where there are GPUs": (
+        {"cpu_processes": 2},
+        "1x2",
+        ["cpu_processes = 2", "the trainer runs on GPUs", "trainer_gpus: 0"],
+    ),
+    "no process on the CPU": ({"cpu_processes": 0}, "1x0", ["cpu_processes = 0", "at least 1"]),
+    "trainer GPUs without a GPU": ({"trainer_gpus": 2}, "1x0", ["trainer_gpus = 2", "= 2 GPUs, 0 here"]),
+    "waiting shorter than another may take": (
+        {**SERVER, **MODEL, "server_gpus": 1, "ddp_timeout": 1000},
+        "1x3",
+        [
+            "ddp_timeout = 1000",
+            "generation_timeout 900 + publish_timeout 300 + grading 40 (16 answers x 2.5) = 1240 s",
+            "leave it out",
+        ],
+    ),
     "server GPUs without a server": ({"server_gpus": 1}, "1x2", ["server_gpus = 1", "starts no policy server"]),
     "server address without a server": (
         {"vllm_server_base_url": "http://127.0.0.1:8000"},
@@ -344,11 +394,25 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x2",
         ["accelerate_config = 'zero9'", "one of: cpu, ddp, single_gpu, zero2, zero3, zero3_offload"],
     ),
-    "GPU config without a GPU": ({"accelerate_config": "zero2"}, "1x0", ["accelerate_config = 'zero2'", "has no GPU"]),
+    "CPU config with GPUs": (
+        {"accelerate_config": "cpu"},
+        "1x1",
+        ["accelerate_config = 'cpu'", "hides the GPUs, and the trainer has 1 GPU(s)", "trainer_gpus: 0"],
+    ),
+    "one-process config for several on the CPU": (
+        {"accelerate_config": "cpu", "cpu_processes": 2},
+        "1x0",
+        ["accelerate_config = 'cpu'", "has 2 process(es) on CPUs", "ddp, zero2 or zero3, or cpu_processes: 1"],
+    ),
+    "accelerate config that is none": (
+        {"accelerate_config": "recipe.yaml/x.yaml"},
+        "1x0",
+        ["accelerate_config = 'recipe.yaml/x.yaml'", "no such accelerate config"],
+    ),
     "one-process config for four": (
         {"accelerate_config": "single_gpu"},
         "1x4",
-        ["accelerate_config = 'single_gpu'", "has 4 GPUs", "ddp, zero2 or zero3"],
+        ["accelerate_config = 'single_gpu'", "has 4 GPU(s)", "ddp, zero2 or zero3"],
     ),
     "folder of another run": (
         {"output_dir": "./model"},

@@ -1,7 +1,8 @@
-"""What a machine is seen as: nvidia-smi and scontrol are scripts put first on PATH, the rest is real."""
+"""What a machine is seen as: nvidia-smi is a script put first on PATH, the rest is real."""
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,9 @@ def script(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH with nothing on it but a shell and what the test puts there; no variables of a GPU or a Slurm job."""
-    for variable in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_NODELIST"):
-        monkeypatch.setenv(variable, "")
-        monkeypatch.delenv(variable)
+    """A PATH with nothing on it but a shell and what the test puts there; no variable of a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
@@ -78,7 +78,7 @@ def test_no_driver_no_gpu(text: str | None, machine: Path) -> None:
     assert detect().nodes[0].gpus == ()
 
 
-def test_whether_torch_is_a_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_torch_is_a_cpu_build_and_which_deepspeed_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise hardware.metadata.PackageNotFoundError(name)
 
@@ -86,8 +86,10 @@ def test_whether_torch_is_a_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
     assert detect().torch_cpu_only
     monkeypatch.setattr(hardware.metadata, "version", lambda name: "2.13.0+cu129")
     assert not detect().torch_cpu_only
+    assert detect().deepspeed == "2.13.0+cu129"
     monkeypatch.setattr(hardware.metadata, "version", missing)
     assert not detect().torch_cpu_only
+    assert detect().deepspeed is None
 
 
 @pytest.mark.parametrize("available", [True, False])
@@ -96,29 +98,15 @@ def test_whether_a_server_can_run_without_a_gpu(available: bool, monkeypatch: py
     assert detect().cpu_server == available
 
 
-def test_the_nodes_of_a_slurm_job(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_nodes_are_one_hardware(machine: Path) -> None:
     two_gpus(machine)
-    script(machine, "scontrol", '[ "$*" = "show hostnames d[1-3]" ] || exit 9\nprintf "d1\\nd2\\nd3\\n"\n')
-    (machine / "d1").touch()  # a shell that saw d[1-3] unquoted would find this
-    monkeypatch.chdir(machine)
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "d[1-3]")
-    found = detect()
-    assert [node.host for node in found.nodes] == ["d1", "d2", "d3"]
-    assert all(node.gpus == (A10, H200) for node in found.nodes)
-
-
-@pytest.mark.parametrize("text", [None, "exit 1"], ids=["absent", "failing"])
-def test_a_slurm_job_that_cannot_be_expanded_is_said(
-    text: str | None, machine: Path, monkeypatch: pytest.MonkeyPatch, run
-) -> None:
-    if text is not None:
-        script(machine, "scontrol", text)
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "d[1-3]")
-    with pytest.raises(HardwareError, match=r"SLURM_JOB_NODELIST=d\[1-3\] is set, but scontrol could not expand it"):
-        detect()
-    project = Path(__file__).parent.parent
-    answer = run(project / "recipes/tiny/arithmetic_grpo.yaml", "--dry-run")
-    assert answer.code == 2 and "scontrol could not expand it" in answer.err
+    here = hardware.this_node()
+    assert here.gpus == (A10, H200) and len(set(here.ports)) == 4
+    there = replace(here, host="d2", gpus=(A10,), ports=(7, 8, 9), address="10.0.0.2")
+    found = hardware.of_nodes((here, there))
+    assert found.nodes == (here, there)
+    assert found.ports == here.ports
+    assert found.gpus_per_node == 1
 
 
 @pytest.mark.parametrize(
@@ -140,7 +128,9 @@ def test_assumed_hardware(text: str, nodes: int, gpus: int, memory: float | None
     assert not found.torch_cpu_only
     assert not found.cpu_server
     assert len(set(found.ports)) == 2 + max(1, gpus)
-    assert assumed(text, (1, 2, 3)).ports == (1, 2, 3)
+    assert [node.ports for node in assumed(text, (1, 2, 3)).nodes] == [(1, 2, 3)] * nodes
+    assert len({node.address for node in found.nodes}) == nodes
+    assert nodes > 1 or found.nodes[0].address == "127.0.0.1"
 
 
 @pytest.mark.parametrize("text", ["", "0x1", "x", "1x", "2", "1x2:", "1x2:x", "-1x2", "1x2 ", "1X2", "1x2:80GiB"])

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from r1zero import hardware, plan, recipe, serving
+from r1zero import accelerate_config, hardware, memory, plan, recipe, server_plan, serving
 from r1zero.model_facts import PROJECTIONS, ModelFacts, ModelShape
+from r1zero.tasks import verifier
 from tests.conftest import PROJECT
 
 GOLDEN = Path(__file__).parent / "golden"
-RECIPES = sorted(path.relative_to(PROJECT) for path in (PROJECT / "recipes").rglob("*.yaml"))
+# Without those of a series, which share a base.yaml and have tests of their own.
+RECIPES = [path for path in (PROJECT / "recipes").rglob("*.yaml") if not (path.parent / "base.yaml").exists()]
 PORTS = tuple(range(41001, 41011))
+TINY, MATH_7B = "recipes/tiny/arithmetic_grpo.yaml", "recipes/qwen2.5-math-7b/math_zero3.yaml"
 GRPO, QLORA = "recipes/smollm2-135m/gsm8k_grpo.yaml", "recipes/qwen2.5-3b/gsm8k_qlora.yaml"
 SMOLLM2 = ModelFacts(8192, "llama", ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied_embeddings=True))
 QWEN = ModelFacts(32768, "qwen2", ModelShape(2048, 36, 16, 2, 128, 11008, 151936, tied_embeddings=True))
@@ -33,15 +36,51 @@ def plan_of(path: str | Path, machine: str, *overrides: str, model: ModelFacts |
     return plan.make(loaded, replace(here, cpu_server=machine.endswith("cpu server")), Path("runs/run"), Path(), model)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=str)
-@pytest.mark.parametrize("machine", ["1x1:80", "1x2:80"])
-def test_every_recipe_is_parsed_and_planned(path: Path, machine: str) -> None:
+# The hardware that each recipe is for, and what is known of its model.
+SHAPES = {
+    "smollm2-135m": SMOLLM2,
+    "qwen2.5-3b": QWEN,
+    "qwen2.5-0.5b": ModelFacts(32768, "qwen2", ModelShape(896, 24, 14, 2, 64, 4864, 151936, tied_embeddings=True)),
+    "qwen2.5-1.5b": ModelFacts(131072, "qwen2", ModelShape(1536, 28, 12, 2, 128, 8960, 151936, tied_embeddings=True)),
+    "qwen2.5-7b": ModelFacts(131072, "qwen2", ModelShape(3584, 28, 28, 4, 128, 18944, 152064, tied_embeddings=False)),
+    "qwen2.5-math-7b": ModelFacts(4096, "qwen2", ModelShape(3584, 28, 28, 4, 128, 18944, 152064, False)),
+}
+MADE_FOR = {
+    "tiny/arithmetic_grpo": ("1x0", "1x2:80", "2x0", "4x8:80"),
+    "smollm2-135m/gsm8k_sft": ("1x1:24", "1x8:80", "2x8:80"),
+    "smollm2-135m/gsm8k_grpo": ("1x1:80", "1x2:80"),
+    "qwen2.5-3b/gsm8k_qlora": ("1x1:22.5", "1x2:80"),
+    "qwen2.5-3b/gsm8k_qlora_a100": ("1x1:40", "1x1:80"),
+    "qwen2.5-0.5b/gsm8k_grpo": ("1x1:24", "1x1:80"),
+    "qwen2.5-0.5b/math_grpo": ("1x2:24", "1x2:80"),
+    "qwen2.5-1.5b/gsm8k_grpo": ("1x2:40", "1x2:80"),
+    "qwen2.5-1.5b/math_zero2": ("1x4:40", "1x4:80"),
+    "qwen2.5-7b/gsm8k_lora": ("1x2:40", "1x2:80"),
+    "qwen2.5-7b/math_zero3": ("1x8:80",),
+    "qwen2.5-math-7b/math_zero3": ("4x8:80",),
+    "qwen2.5-math-7b/math_zero3_1x8": ("1x8:80",),
+}
+
+
+def test_every_recipe_that_is_made_for_some_hardware_is_in_the_readme() -> None:
+    readme = (PROJECT / "recipes/README.md").read_text()
+    assert [name for name in MADE_FOR if f"`{name}`" not in readme] == []
+
+
+NAMES = sorted(f"{path.parent.name}/{path.stem}" for path in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"), [(name, each) for name in NAMES for each in MADE_FOR.get(name, ("1x8:80",))]
+)
+def test_every_recipe_is_parsed_and_planned_for_its_hardware(name: str, machine: str) -> None:
+    path = f"recipes/{name}.yaml"
     loaded = recipe.load(path)
-    machine = "1x0" if loaded.model == recipe.TINY_MODEL else machine
-    planned = plan_of(path, machine)
-    assert planned.processes[-1].name == "trainer"
+    planned = plan_of(path, machine, model=SHAPES.get(name.partition("/")[0]))
+    assert planned.processes[-1].name.startswith("trainer")
     assert bool(planned.servers) == loaded.launches_server
-    assert str(path) in planned.render()
+    assert path in planned.render()
+    assert bool(planned.memory) == (loaded.own.method == "grpo" and loaded.model != recipe.TINY_MODEL)
 
 
 CASES: dict[str, tuple[str, str, tuple[str, ...], ModelFacts | None]] = {
@@ -69,6 +108,25 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], ModelFacts | None]] = {
         ),
         QWEN,
     ),
+    "tiny_2_processes": (TINY, "1x0", ("--cpu_processes", "2", "--accelerate_config", "zero2"), None),
+    "tiny_2_cpu_nodes": (TINY, "2x0", (), None),
+    "smollm2_3_cpu_nodes": (GRPO, "3x0 cpu server", ("--trainer_gpus", "null", "--cpu_processes", "2"), SMOLLM2),
+    "lora_7b_2gpus": ("recipes/qwen2.5-7b/gsm8k_lora.yaml", "1x2:80", (), SHAPES["qwen2.5-7b"]),
+    "full_1.5b_4gpus": ("recipes/qwen2.5-1.5b/math_zero2.yaml", "1x4:80", (), SHAPES["qwen2.5-1.5b"]),
+    "full_1.5b_6gpus": (
+        "recipes/qwen2.5-1.5b/math_zero2.yaml",
+        "1x6:80",
+        ("--trainer_gpus", "null", "--vllm_tensor_parallel_size", "2", "--accelerate_config", "ddp"),
+        SHAPES["qwen2.5-1.5b"],
+    ),
+    "full_7b_8gpus": ("recipes/qwen2.5-7b/math_zero3.yaml", "1x8:80", (), SHAPES["qwen2.5-7b"]),
+    "full_7b_2x8": (
+        "recipes/qwen2.5-7b/math_zero3.yaml",
+        "2x8:80",
+        ("--trainer_gpus", "8", "--vllm_tensor_parallel_size", "2"),
+        SHAPES["qwen2.5-7b"],
+    ),
+    "full_math_7b_4x8": ("recipes/qwen2.5-math-7b/math_zero3.yaml", "4x8:80", (), SHAPES["qwen2.5-math-7b"]),
 }
 
 
@@ -96,15 +154,153 @@ def test_servers_and_trainer_have_gpus_of_their_own_and_the_addresses_agree() ->
     assert [each.name for each in planned.servers] == ["server-0", "server-1"]
     assert [each.gpus for each in planned.servers] == [(4, 5), (6, 7)]
     assert [each.log for each in planned.servers] == ["logs/server-0.log", "logs/server-1.log"]
-    assert planned.trainer.gpus == (0, 1, 2, 3)
+    assert planned.trainers[0].gpus == (0, 1, 2, 3)
     urls = tuple(f"http://127.0.0.1:{flag(each, '--port')}" for each in planned.servers)
     assert planned.server_urls == urls and len(set(urls)) == 2
-    assert flag(planned.trainer, "--vllm_server_base_url") == ",".join(urls)
-    ports = {flag(planned.trainer, "--vllm_group_port"), flag(planned.trainer, "--main_process_port")}
+    assert flag(planned.trainers[0], "--vllm_server_base_url") == ",".join(urls)
+    ports = {flag(planned.trainers[0], "--vllm_group_port"), flag(planned.trainers[0], "--main_process_port")}
     assert len({*ports, *(url.rpartition(":")[2] for url in urls)}) == 4
     for each in planned.servers:
         assert flag(each, "--tensor-parallel-size") == "2"
         assert flag(each, "--max-model-len") == str(384 + 192 + 1)
+
+
+def test_nodes_of_their_own_for_servers_and_addresses_that_agree() -> None:
+    planned = plan_of(MATH_7B, "4x8:80", "--vllm_tensor_parallel_size", "4", model=SHAPES["qwen2.5-math-7b"])
+    assert [(each.name, each.node, each.gpus) for each in planned.servers] == [
+        ("server-0", 3, (0, 1, 2, 3)),
+        ("server-1", 3, (4, 5, 6, 7)),
+    ]
+    assert planned.server_urls == ("http://node3:41001", "http://node3:41004")
+    assert [flag(each, "--host") for each in planned.servers] == ["node3", "node3"]
+    assert [(each.name, each.node, each.gpus) for each in planned.trainers] == [
+        (f"trainer-{node}", node, tuple(range(8))) for node in range(3)
+    ]
+    assert (planned.trainer_processes, planned.nodes) == (24, (0, 1, 2, 3))
+    assert planned.publish == "nccl" and planned.publish_in_run_folder
+    for rank, each in enumerate(planned.trainers):
+        assert flag(each, "--machine_rank") == str(rank)
+        assert (flag(each, "--num_machines"), flag(each, "--num_processes")) == ("3", "24")
+        assert (flag(each, "--main_process_ip"), flag(each, "--main_process_port")) == ("node0", "41003")
+        assert flag(each, "--deepspeed_multinode_launcher") == "standard"
+        assert flag(each, "--vllm_server_base_url") == ",".join(planned.server_urls)
+        assert dict(each.env)[plan.GROUP_ADDRESS] == "node0"
+        assert each.log == f"logs/trainer-{rank}.log"
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "servers", "trainers"),
+    [
+        ("2x8", ("--server_gpus", "8"), [(1, 8)], [(0, 8)]),
+        ("2x8", ("--server_gpus", "4"), [(0, 2), (1, 2)], [(0, 6), (1, 6)]),
+        ("3x4", ("--server_gpus", "6"), [(0, 2), (1, 2), (2, 2)], [(0, 2), (1, 2), (2, 2)]),
+        ("4x8", ("--server_gpus", "16", "--trainer_gpus", "8"), [(2, 8), (3, 8)], [(0, 8)]),
+        ("4x8", ("--server_gpus", "16", "--trainer_gpus", "12"), [(2, 8), (3, 8)], [(0, 6), (1, 6)]),
+        ("2x1", (), [(1, 1)], [(0, 1)]),
+        ("2x3", ("--vllm_tensor_parallel_size", "2"), [(0, 2), (1, 2)], [(0, 1), (1, 1)]),
+    ],
+)
+def test_gpus_of_several_nodes(
+    machine: str, words: tuple[str, ...], servers: list[tuple[int, int]], trainers: list[tuple[int, int]]
+) -> None:
+    common = ("--trainer_gpus", "null", "--num_generations", "2", "--accelerate_config", "null")
+    planned = plan_of(GRPO, machine, *common, *words)
+    gpus: dict[int, int] = {}
+    for each in planned.servers:
+        gpus[each.node] = gpus.get(each.node, 0) + len(each.gpus)
+    assert sorted(gpus.items()) == servers
+    assert [(each.node, len(each.gpus)) for each in planned.trainers] == trainers
+    used = [(each.node, gpu) for each in (*planned.servers, *planned.trainers) for gpu in each.gpus]
+    assert len(set(used)) == len(used)
+    assert len(set(planned.server_urls)) == len(planned.servers)
+
+
+def test_the_last_cpu_node_serves_and_the_others_train() -> None:
+    words = ("--trainer_gpus", "null", "--cpu_processes", "2")
+    alone, three = plan_of(GRPO, "1x0 cpu server", *words), plan_of(GRPO, "3x0 cpu server", *words)
+    assert [each.node for each in (*alone.servers, *alone.trainers)] == [0, 0]
+    assert alone.server_urls == ("http://127.0.0.1:41001",) and not alone.publish_in_run_folder
+    assert [each.node for each in three.servers] == [2] and [each.node for each in three.trainers] == [0, 1]
+    assert three.server_urls == ("http://node2:41001",) and three.publish_in_run_folder
+    assert (alone.trainer_processes, three.trainer_processes) == (2, 4)
+    assert {alone.accelerate_config.stem, three.accelerate_config.stem} == {"ddp"}
+    assert plan.GROUP_ADDRESS not in dict(three.trainers[0].env)
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "precision", "env"),
+    [
+        ("1x0", ("--accelerate_config", "zero2"), "no", {"DS_ACCELERATOR": "cpu"}),
+        ("1x0", ("--accelerate_config", "zero3", "--bf16", "true"), "bf16", {"DS_ACCELERATOR": "cpu"}),
+        ("1x2", ("--trainer_gpus", "2"), "bf16", {}),
+        ("1x2", ("--trainer_gpus", "2", "--bf16", "false"), "no", {}),
+        ("1x2", ("--trainer_gpus", "2", "--fp16", "true"), "fp16", {}),
+    ],
+)
+def test_the_precision_is_the_recipes(
+    machine: str, words: tuple[str, ...], precision: str, env: dict[str, str]
+) -> None:
+    trainer = plan_of(TINY, machine, *words).trainers[0]
+    assert flag(trainer, "--mixed_precision") == precision
+    assert {name: value for name, value in trainer.env if name.startswith("DS_")} == env
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "refused"),
+    [
+        ("0.17.5", "zero2", False),
+        ("0.17.6", "zero2", True),
+        ("0.18.2+cu129", "zero2", True),
+        ("0.18.3", "zero2", False),
+        ("0.18.2", "zero3", False),
+        ("0.18.2", "ddp", False),
+        ("0.19.8", "zero2", False),
+        (None, "zero2", False),
+    ],
+)
+def test_a_deepspeed_that_loses_gradients_is_refused(version: str | None, config: str, refused: bool) -> None:
+    loaded = recipe.load(TINY, ["--cpu_processes", "2", "--accelerate_config", config])
+    here = replace(hardware.assumed("1x0", PORTS), deepspeed=version)
+    if not refused:
+        assert plan.make(loaded, here, Path("runs/run"), Path())
+        return
+    with pytest.raises(recipe.RecipeError, match=r"installed here, loses the gradients .*\n.*deepspeed==0.19.8"):
+        plan.make(loaded, here, Path("runs/run"), Path())
+
+
+def test_an_accelerate_config_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}')
+    for name, content in (
+        ("mine", {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}}),
+        (
+            "file",
+            {
+                "distributed_type": "DEEPSPEED",
+                "deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")},
+            },
+        ),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        words = ("--trainer_gpus", "2", "--accelerate_config", str(tmp_path / f"{name}.yaml"))
+        planned = plan_of(GRPO, "2x2:80", *words, model=SMOLLM2)
+        assert planned.accelerate_config == tmp_path / f"{name}.yaml"
+    loaded = recipe.load(GRPO)
+    assert accelerate_config.read(tmp_path / "mine.yaml", loaded).zero_stage == 1
+    read = accelerate_config.read(tmp_path / "file.yaml", loaded)
+    assert (read.zero_stage, read.offload) == (3, True)
+    (tmp_path / "broken.yaml").write_text("- a\n")
+    with pytest.raises(recipe.RecipeError, match="cannot be read"):
+        accelerate_config.read(tmp_path / "broken.yaml", loaded)
+
+
+def test_collectives_wait_as_long_as_another_process_may_take() -> None:
+    assert "--ddp_timeout" not in plan_of(GRPO, "1x2").trainers[0].argv  # one process waits for nobody
+    planned = plan_of(GRPO, "1x3", "--trainer_gpus", "2")
+    needed = 900 + 300 + 64 * 8 * verifier.WALL_SECONDS
+    assert flag(planned.trainers[0], "--ddp_timeout") == str(int(needed) + 1)
+    assert "Because: ddp_timeout 2481: generation_timeout 900 + publish_timeout 300 + grading 1280" in planned.render()
+    given = plan_of(GRPO, "1x3", "--trainer_gpus", "2", "--ddp_timeout", "3000")
+    assert "--ddp_timeout" not in given.trainers[0].argv  # the recipe's own, in its file
 
 
 def test_the_smallest_machine_of_assumed_hardware_has_ports_enough_for_a_server_on_each_gpu() -> None:
@@ -131,11 +327,11 @@ def test_the_smallest_machine_of_assumed_hardware_has_ports_enough_for_a_server_
 def test_the_route_of_new_policy_versions(machine: str, words: tuple[str, ...], route: str | None) -> None:
     planned = plan_of(GRPO, machine, *words, model=SMOLLM2)
     assert planned.publish == route
-    assert ("--publish" in planned.trainer.argv) == (route is not None)
+    assert ("--publish" in planned.trainers[0].argv) == (route is not None)
     if route is None:
         assert "TRL's colocate" in planned.render()
         return
-    assert flag(planned.trainer, "--publish") == route
+    assert flag(planned.trainers[0], "--publish") == route
     assert f"Because: publish {route}" in planned.render()
     expected = {"nccl": '{"backend":"nccl"}', "shared_memory": '{"backend":"r1zero_shared_memory"}'}.get(route)
     for each in planned.servers:
@@ -146,20 +342,20 @@ def test_the_route_of_new_policy_versions(machine: str, words: tuple[str, ...], 
 
 def test_on_one_gpu_server_and_trainer_share_it() -> None:
     planned = plan_of(QLORA, "1x1:24", model=QWEN)
-    assert planned.servers[0].gpus == planned.trainer.gpus == (0,)
+    assert planned.servers[0].gpus == planned.trainers[0].gpus == (0,)
     assert planned.trainer_processes == 1
     share = float(flag(planned.servers[0], "--gpu-memory-utilization"))
     assert 0.3 < share < 0.5
-    assert flag(planned.servers[0], "--max-num-seqs") == str(16 + plan.SPARE_SEQUENCES)
-    assert plan.TRAINER_MEMORY not in dict(planned.trainer.env)
+    assert flag(planned.servers[0], "--max-num-seqs") == str(16 + server_plan.SPARE_SEQUENCES)
+    assert plan.TRAINER_MEMORY not in dict(planned.trainers[0].env)
     assert "--enable-sleep-mode" not in planned.servers[0].argv
 
 
 def test_a_limit_holds_server_and_trainer_together() -> None:
     planned = plan_of(QLORA, "1x1:140.4", "--gpu_memory_limit", "24", model=QWEN)
     share = float(flag(planned.servers[0], "--gpu-memory-utilization"))
-    trainer = float(dict(planned.trainer.env)[plan.TRAINER_MEMORY])
-    beyond = plan.memory.SERVER_BEYOND_SHARE_GIB + plan.memory.TRAINER_CONTEXT_GIB
+    trainer = float(dict(planned.trainers[0].env)[plan.TRAINER_MEMORY])
+    beyond = memory.SERVER_BEYOND_SHARE_GIB + memory.TRAINER_CONTEXT_GIB
     assert 23 < share * 140.4 + trainer + beyond < 24.2
     assert any(plan.TRAINER_MEMORY in line for line in planned.by_hand)
 
@@ -169,8 +365,8 @@ def test_a_limit_with_a_share_of_the_recipes_own() -> None:
     for model in (QWEN, None):
         planned = plan_of(QLORA, "1x1:140.4", *words, model=model)
         assert flag(planned.servers[0], "--gpu-memory-utilization") == "0.07"
-        trainer = float(dict(planned.trainer.env)[plan.TRAINER_MEMORY])
-        beyond = plan.memory.SERVER_BEYOND_SHARE_GIB + plan.memory.TRAINER_CONTEXT_GIB
+        trainer = float(dict(planned.trainers[0].env)[plan.TRAINER_MEMORY])
+        beyond = memory.SERVER_BEYOND_SHARE_GIB + memory.TRAINER_CONTEXT_GIB
         assert trainer == pytest.approx(24 - 0.07 * 140.4 - beyond, abs=0.01)
 
 
@@ -220,12 +416,12 @@ def test_what_the_server_serves_beneath_the_adapter(words: tuple[str, ...], serv
     planned = plan_of(QLORA, "1x2:80", *words, model=QWEN)
     server = planned.servers[0]
     model = server.argv[server.argv.index("serve") + 1]
-    assert model == (plan.BASE_UNKNOWN if served == "the rounded base" else served)
+    assert model == (server_plan.BASE_UNKNOWN if served == "the rounded base" else served)
     bases = [each for each in planned.preparations if each.name == "base"]
     assert bool(bases) == prepared
     for each in bases:
         assert each.argv[1:] == ("-m", "r1zero.quantized_base", "--config", "runs/run/recipe.yaml")
-        assert each.gpus == planned.trainer.gpus
+        assert each.gpus == planned.trainers[0].gpus
     assert ("--quantization" in server.argv) == ("vllm_4bit" in words)
 
 
@@ -300,9 +496,9 @@ def test_lengths_are_checked_against_the_model() -> None:
 
 def test_gpus_under_a_cpu_build_of_torch_are_not_used() -> None:
     loaded = recipe.load("recipes/tiny/arithmetic_grpo.yaml")
-    here = hardware.Hardware(hardware.assumed("1x2").nodes, PORTS, torch_cpu_only=True)
+    here = replace(hardware.assumed("1x2", PORTS), torch_cpu_only=True)
     planned = plan.make(loaded, here, Path("runs/run"), Path())
-    assert planned.trainer.gpus == ()
+    assert planned.trainers[0].gpus == ()
     assert planned.accelerate_config.stem == "cpu"
     assert "torch is a CPU build" in planned.render()
 

@@ -10,6 +10,8 @@ from importlib import metadata
 
 from r1zero import policy_server
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -25,10 +27,22 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Node:
-    """One machine and the GPUs on it that this process may use."""
+    """One machine and the GPUs on it that this process may use.
+
+    >>> Node("gpu07", (Gpu("NVIDIA A10", 22.5),), ports=(29500,), address="10.0.0.7").address
+    '10.0.0.7'
+
+    Attributes:
+        host: its name, for people.
+        gpus: in the order of their indices.
+        ports: TCP ports that were free on it when it was looked at.
+        address: under which the other nodes reach it.
+    """
 
     host: str
     gpus: tuple[Gpu, ...] = ()
+    ports: tuple[int, ...] = ()
+    address: str = LOOPBACK
 
 
 @dataclass(frozen=True)
@@ -40,16 +54,21 @@ class Hardware:
     (1, 2)
 
     Attributes:
-        nodes: this machine, or those of the Slurm job.
-        ports: TCP ports that were free on the first node when it was looked at.
+        nodes: this machine, or those that the run is spread over; the first one is where the launcher runs.
         torch_cpu_only: the installed torch is a CPU build, whatever GPUs there are.
         cpu_server: vLLM's CPU build is installed, so that a policy server can run without a GPU.
+        deepspeed: the version of DeepSpeed that is installed; None: not known.
     """
 
     nodes: tuple[Node, ...]
-    ports: tuple[int, ...]
     torch_cpu_only: bool = False
     cpu_server: bool = False
+    deepspeed: str | None = None
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Those of the first node."""
+        return self.nodes[0].ports
 
     @property
     def gpus_per_node(self) -> int:
@@ -61,14 +80,23 @@ class HardwareError(Exception):
 
 
 def detect() -> Hardware:
-    """Look at this machine, or at the Slurm job that it is a node of (its nodes are taken to be alike)."""
+    """Look at this machine."""
+    return of_nodes((this_node(),))
+
+
+def this_node() -> Node:
+    """This machine alone. Whoever joins several sets the address under which the others reach it."""
     gpus = _visible(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    hosts = _slurm_hosts() or (socket.gethostname(),)
+    return Node(socket.gethostname(), gpus, free_ports(_ports_needed(len(gpus))))
+
+
+def of_nodes(nodes: tuple[Node, ...]) -> Hardware:
+    """`nodes` as one hardware; all are taken to have the packages that are installed here."""
     return Hardware(
-        nodes=tuple(Node(host, gpus) for host in hosts),
-        ports=free_ports(_ports_needed(len(gpus))),
-        torch_cpu_only=_torch_cpu_only(),
+        nodes,
+        torch_cpu_only=(_version("torch") or "").endswith("+cpu"),
         cpu_server=policy_server.cpu_server_available(),
+        deepspeed=_version("deepspeed"),
     )
 
 
@@ -84,10 +112,9 @@ def assumed(text: str, ports: tuple[int, ...] | None = None) -> Hardware:
     nodes, gpus, memory = int(match[1]), int(match[2]), float(match[3] or 80)
     name = "assumed GPU"
     node_gpus = tuple(Gpu(name, memory) for _ in range(gpus))
-    return Hardware(
-        nodes=tuple(Node(f"node{i}", node_gpus) for i in range(nodes)),
-        ports=ports if ports else free_ports(_ports_needed(gpus)),
-    )
+    chosen = ports if ports else free_ports(_ports_needed(gpus))
+    names = [f"node{number}" for number in range(nodes)]
+    return Hardware(tuple(Node(name, node_gpus, chosen, name if nodes > 1 else LOOPBACK) for name in names))
 
 
 def _ports_needed(gpus: int) -> int:
@@ -95,7 +122,7 @@ def _ports_needed(gpus: int) -> int:
     return 2 + max(1, gpus)
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> tuple[int, ...]:
+def free_ports(count: int, host: str = LOOPBACK) -> tuple[int, ...]:
     """`count` TCP ports that are free now. All are held at once while choosing, so that no two are the same."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -136,21 +163,8 @@ def _visible(gpus: tuple[tuple[str, str, Gpu], ...], visible: str | None) -> tup
     return tuple(chosen)
 
 
-def _slurm_hosts() -> tuple[str, ...]:
-    names = os.environ.get("SLURM_JOB_NODELIST")
-    if not names:
-        return ()
+def _version(package: str) -> str | None:
     try:
-        found = subprocess.run(
-            ["scontrol", "show", "hostnames", names], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise HardwareError(f"SLURM_JOB_NODELIST={names} is set, but scontrol could not expand it: {error}") from error
-    return tuple(found.stdout.split())
-
-
-def _torch_cpu_only() -> bool:
-    try:
-        return metadata.version("torch").endswith("+cpu")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return False
+        return None

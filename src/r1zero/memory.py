@@ -34,13 +34,16 @@ ACTIVATION_BYTES_OF_HIDDEN = 16
 ACTIVATION_BYTES_OF_INTERMEDIATE = 12
 RECOMPUTED_LAYERS = 2  # with gradient checkpointing: one layer's activations, and as much again for their gradients
 TRAINER_CONTEXT_GIB = 0.6  # CUDA context and cuBLAS workspaces
-ALLOCATOR_SLACK = 0.1  # share of the allocator's memory that lies between blocks
+ALLOCATOR_SLACK = 0.1  # share of what comes and goes in a step that lies between the allocator's blocks
 # TRL's fused head (trl/kernels/chunked_logprob.py) holds one tile of logits at a time, and its gradient.
 HEAD_TILE_TOKENS, HEAD_TILE_WORDS = 4096, 32768
 PROMPT_WITHOUT_LIMIT = 512  # tokens that a prompt is taken to have where max_prompt_tokens is not given
-# accelerate_configs' DeepSpeed: buckets of 5e8 elements in bf16, and at most 1e9 gathered parameters in ZeRO-3.
-ZERO_BUCKETS_GIB = 2 * 5e8 * BF16 / GIB
-ZERO3_GATHERED_GIB = 1e9 * BF16 / GIB
+# DeepSpeed 0.19 with its own defaults, which accelerate_configs/ leaves alone, in elements. It holds weights and
+# gradients in the type of its module (bf16 where bf16 is on), adds gradients up in it too, and keeps an fp32 copy of
+# the trained weights beside the optimizer's state (runtime/zero/stage_1_and_2.py, stage3.py).
+ZERO_BUCKET = 5e8  # reduce_bucket_size: gradients on their way to the process that keeps them; reducing makes a copy
+ZERO3_LIVE = 1e9  # stage3_max_live_parameters: weights that are gathered at once
+ZERO3_STEP = 1e9  # sub_group_size: gradients that ZeRO-3 turns into fp32 at once for the optimizer; ZeRO-2 turns all
 
 
 @dataclass(frozen=True)
@@ -107,88 +110,141 @@ def server(
     )
 
 
-def trainer(shape: ModelShape, recipe: Recipe, *, processes: int, accelerate: str, generated: int = 0) -> Need:
-    """What one GPU of a GRPO trainer needs at its peak.
+def trainer(
+    shape: ModelShape, recipe: Recipe, *, processes: int, zero_stage: int = 0, offload: bool = False, generated: int = 0
+) -> Need:
+    """What one GPU of a GRPO trainer needs at its peak: in a pass, in the optimizer's step or while it generates.
 
     Args:
         shape: the model's.
         recipe: what is trained and how.
-        processes: trainer processes, one a GPU.
-        accelerate: the name of the accelerate config; DeepSpeed's say what is shared among the processes.
+        processes: trainer processes on all nodes, one a GPU.
+        zero_stage: of DeepSpeed, which says what is shared among the processes; 0 without it.
+        offload: whether DeepSpeed keeps weights and optimizer state in the host's memory.
         generated: completions that one process generates by itself at once; 0 where a policy server does.
     """
+    held = _held(shape, recipe, processes, zero_stage, offload)
+    width = _width(recipe, zero_stage)
     completion = recipe["max_completion_length"] or PROMPT_WITHOUT_LIMIT
     sequence = (recipe.own.max_prompt_tokens or PROMPT_WITHOUT_LIMIT) + completion
     tokens = recipe["per_device_train_batch_size"] * sequence
-    weights, trained, state = _held(shape, recipe, processes, accelerate)
-
-    width = BF16 if _held_in_16_bits(recipe) else FP32
-    layer = ACTIVATION_BYTES_OF_HIDDEN * shape.hidden_size + ACTIVATION_BYTES_OF_INTERMEDIATE * shape.intermediate_size
-    if recipe["gradient_checkpointing"]:
-        activations = tokens * (shape.layers * shape.hidden_size * width + RECOMPUTED_LAYERS * layer)
+    kv_cache = generated * sequence * shape.kv_bytes_per_token(width)
+    moments = {
+        "activations": _activations(shape, recipe, tokens, width) + held.buckets,
+        "optimizer step": held.stepping,
+        "KV cache": float(kv_cache),
+    }
+    peak = max(moments, key=lambda name: moments[name])
+    working = moments[peak]
+    parts: list[tuple[str, float]] = [("weights", held.weights), ("reference model", held.reference)]
+    parts += [("gradients", held.gradients), ("optimizer", held.state)]
+    if peak == "activations":
+        parts += [("activations", working - held.buckets), ("buckets", held.buckets)]
     else:
-        activations = tokens * shape.layers * layer
+        parts.append((peak, working))
+    slack = ALLOCATOR_SLACK * (held.gradients + working)
+    resting = held.weights + held.reference + held.state
+    return Need(
+        (*((what, size / GIB) for what, size in parts), ("CUDA context and slack", TRAINER_CONTEXT_GIB + slack / GIB)),
+        resting=resting / GIB + TRAINER_CONTEXT_GIB,
+    )
+
+
+def _activations(shape: ModelShape, recipe: Recipe, tokens: int, width: int) -> float:
+    """Bytes that a forward and backward pass over `tokens` needs besides what is held all the time."""
+    layer = ACTIVATION_BYTES_OF_HIDDEN * shape.hidden_size + ACTIVATION_BYTES_OF_INTERMEDIATE * shape.intermediate_size
     tile = min(tokens, HEAD_TILE_TOKENS) * min(shape.vocab_size, HEAD_TILE_WORDS) * (BF16 + FP32)
     head = tile + tokens * shape.hidden_size * FP32
     if not recipe["use_peft"]:
         head += shape.vocab_size * shape.hidden_size * FP32  # the gradient of its weights is added up in fp32
-    kv_cache = generated * sequence * shape.kv_bytes_per_token(width)
-    working = max(activations / GIB + head / GIB, kv_cache / GIB)
-    slack = ALLOCATOR_SLACK * (weights + trained + state + working)
-    return Need(
-        (
-            ("weights", weights),
-            ("gradients", trained),
-            ("optimizer", state),
-            ("activations" if working > kv_cache / GIB else "KV cache", working),
-            ("CUDA context and slack", TRAINER_CONTEXT_GIB + slack),
-        ),
-        resting=weights + state + TRAINER_CONTEXT_GIB,
-    )
+    if recipe["gradient_checkpointing"]:
+        # The head is through with its own before the first layer is computed again.
+        return tokens * shape.layers * shape.hidden_size * width + max(head, tokens * RECOMPUTED_LAYERS * layer)
+    return tokens * shape.layers * layer + head
 
 
-def _held(shape: ModelShape, recipe: Recipe, processes: int, accelerate: str) -> tuple[float, float, float]:
-    """GiB of weights, gradients and optimizer state that one process holds."""
-    kept: float
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that one process holds.
+
+    Attributes:
+        weights: of the policy, gathered ones included.
+        reference: the reference model.
+        gradients: from the first pass of a step to its end.
+        state: the optimizer's, with DeepSpeed's fp32 copy of the weights.
+        buckets: gradients on their way, during the backward pass.
+        stepping: what the optimizer's step needs besides.
+    """
+
+    weights: float
+    reference: float
     gradients: float
     state: float
-    width = BF16 if _held_in_16_bits(recipe) else FP32
-    if recipe["use_peft"]:
-        adapter = shape.lora_parameters(recipe["lora_r"], recipe["lora_target_modules"])
-        quantized = recipe["load_in_4bit"] or recipe["load_in_8bit"]
-        # TRL holds the adapter of a quantized model in bf16, PEFT that of any other in fp32.
-        trained, kept = adapter, adapter * (BF16 if quantized else FP32)
-        if recipe["load_in_4bit"]:
-            kept += _four_bit_bytes(shape, nested=recipe["use_bnb_nested_quant"], other=width)
-        elif recipe["load_in_8bit"]:
-            kept += shape.projection_parameters + shape.embedding_parameters * width
-        else:
-            kept += shape.parameters * width
-        gradient_width = BF16 if quantized else FP32
-    else:
-        trained, kept, gradient_width = shape.parameters, shape.parameters * width, width
-        if width == FP32 and recipe["bf16"] is not False:
-            kept += shape.parameters * BF16  # autocast keeps a copy of each weight in bf16 for the length of a pass
-        if recipe["beta"]:
-            kept += shape.parameters * width  # the reference model
-    state = trained * _optimizer_bytes(recipe["optim"])
-    gradients = trained * gradient_width
-    if accelerate.startswith("zero"):
-        # DeepSpeed trains in bf16, and keeps an fp32 copy of the weights beside the optimizer's state.
-        state, gradients = (state + trained * FP32) / processes, trained * BF16 / processes
-        kept = shape.parameters * BF16 if not recipe["use_peft"] else kept
-        if accelerate.startswith("zero3"):
-            offloaded = "offload" in accelerate
-            kept = (0 if offloaded else kept / processes) + ZERO3_GATHERED_GIB * GIB
-            state = 0 if offloaded else state
-        gradients += ZERO_BUCKETS_GIB * GIB
-    elif processes > 1:
-        gradients *= 2  # DDP's buckets hold them once more
-    return kept / GIB, gradients / GIB, state / GIB
+    buckets: float = 0.0
+    stepping: float = 0.0
 
 
-def _held_in_16_bits(recipe: Recipe) -> bool:
-    return recipe["dtype"] in ("auto", "bfloat16", "float16")
+def _held(shape: ModelShape, recipe: Recipe, processes: int, zero_stage: int, offload: bool) -> _Held:
+    width, peft = _width(recipe, zero_stage), recipe["use_peft"]
+    frozen = _frozen_bytes(shape, recipe, width) if peft else 0.0
+    trained = shape.lora_parameters(recipe["lora_r"], recipe["lora_target_modules"]) if peft else shape.parameters
+    # TRL holds the adapter of a quantized model in bf16, PEFT that of any other in fp32, where DeepSpeed lets it.
+    quantized = recipe["load_in_4bit"] or recipe["load_in_8bit"]
+    trained_width = width if zero_stage or not peft else BF16 if quantized else FP32
+    weights = frozen + trained * trained_width
+    # With an adapter the reference model is the policy with the adapter switched off.
+    reference = float(shape.parameters * width) if recipe["beta"] and not peft else 0.0
+    if zero_stage >= 2:
+        return _sharded(recipe, weights, reference, trained, width, processes, zero_stage, offload)
+    if width == FP32 and recipe["bf16"] is not False:
+        weights += shape.parameters * BF16  # autocast keeps a copy of each weight in bf16 for the length of a pass
+    gradients = float(trained * trained_width)
+    state = float(trained * _optimizer_bytes(recipe["optim"], trained_width))
+    if zero_stage == 1:
+        state = (state + trained * FP32) / processes
+    # DDP's buckets hold all gradients once more.
+    return _Held(weights, reference, gradients * (2 if processes > 1 else 1), state)
+
+
+def _sharded(
+    recipe: Recipe,
+    weights: float,
+    reference: float,
+    trained: int,
+    width: int,
+    processes: int,
+    zero_stage: int,
+    offload: bool,
+) -> _Held:
+    """ZeRO-2 and ZeRO-3: a process keeps its share of gradients and optimizer state, in ZeRO-3 of the weights too."""
+    share = trained / processes
+    gradients, buckets = share * width, ZERO_BUCKET * width + min(ZERO_BUCKET, trained) * width
+    state = share * (FP32 + _optimizer_bytes(recipe["optim"], FP32))
+    if zero_stage == 2:
+        # What earlier passes of the step left, and what this one adds to it.
+        gradients *= 2 if recipe["gradient_accumulation_steps"] > 1 else 1
+        return _Held(weights, reference, gradients, state, buckets, share * FP32)
+    gathered = min(weights, ZERO3_LIVE * width)
+    if offload:
+        return _Held(gathered, 0.0, 0.0, 0.0, buckets)
+    weights, reference = weights / processes + gathered, reference / processes
+    return _Held(weights, reference, gradients, state, buckets, min(share, ZERO3_STEP) * FP32)
+
+
+def _frozen_bytes(shape: ModelShape, recipe: Recipe, width: int) -> float:
+    """The weights beneath an adapter."""
+    if recipe["load_in_4bit"]:
+        return _four_bit_bytes(shape, nested=recipe["use_bnb_nested_quant"], other=width)
+    if recipe["load_in_8bit"]:
+        return float(shape.projection_parameters + shape.embedding_parameters * width)
+    return float(shape.parameters * width)
+
+
+def _width(recipe: Recipe, zero_stage: int) -> int:
+    """Bytes of a weight: as it was loaded, or under DeepSpeed as it computes."""
+    if recipe["dtype"] in ("auto", "bfloat16", "float16"):
+        return BF16
+    return BF16 if zero_stage and (recipe["fp16"] or recipe["bf16"] is not False) else FP32
 
 
 def _four_bit_bytes(shape: ModelShape, *, nested: bool, other: int) -> float:
@@ -197,8 +253,8 @@ def _four_bit_bytes(shape: ModelShape, *, nested: bool, other: int) -> float:
     return shape.projection_parameters * (0.5 + scale) + shape.embedding_parameters * other
 
 
-def _optimizer_bytes(optim: str) -> int:
-    """Bytes of state for each trained weight: AdamW's two moments in fp32, unless the name says otherwise."""
+def _optimizer_bytes(optim: str, width: int) -> int:
+    """Bytes of state for each trained weight of `width` bytes: two moments, unless the name says otherwise."""
     if optim in ("sgd", "lomo", "adafactor", "galore_adafactor"):
         return 0
     if "paged" in optim:
@@ -207,7 +263,9 @@ def _optimizer_bytes(optim: str) -> int:
         return 1
     if "8bit" in optim:
         return 1 if "lion" in optim else 2
-    return 4 if "lion" in optim or optim in ("rmsprop", "adagrad") else 8
+    if "lion" in optim or optim in ("rmsprop", "adagrad"):
+        return 4
+    return 2 * width  # torch keeps the moments in the type of the weights
 
 
 @dataclass(frozen=True)

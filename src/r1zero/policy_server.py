@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -135,17 +134,15 @@ def serve_argv(
     )
 
 
-def serve_env(
-    *, adapters: bool = False, four_bit: bool = False, cpu: bool = False, host: str = "127.0.0.1"
-) -> tuple[tuple[str, str], ...]:
+def serve_env(*, adapters: bool = False, four_bit: bool = False, cpu: bool = False) -> tuple[tuple[str, str], ...]:
     """What the server needs in its environment, the run's token and publish folder aside: those are secrets of the run.
 
     Args:
         adapters: it will be sent adapters.
         four_bit: vLLM itself holds the weights in 4 bits: since 0.28 through a plugin, vllm-bnb-plugin.
         cpu: it is vLLM's CPU build.
-        host: the address that it listens on.
     """
+    here = "127.0.0.1"
     env = [
         ("VLLM_SERVER_DEV_MODE", "1"),  # the routes through which weights come; our doors guard them
         # Ours, and no other that happens to be installed.
@@ -153,13 +150,14 @@ def serve_env(
         ("VLLM_NO_USAGE_STATS", "1"),
         # FlashInfer's sampler cannot give processed logprobs, so it would only be imported, and its absence fatal.
         ("VLLM_USE_FLASHINFER_SAMPLER", "0"),
+        # Its processes, all on one node, talk to each other through ports that nothing guards. NCCL's choice of
+        # interface is left alone: the trainer must make the same.
+        ("VLLM_HOST_IP", here),
+        ("VLLM_LOOPBACK_IP", here),
+        ("GLOO_SOCKET_IFNAME", "lo"),
     ]
     if adapters:
         env.append(("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"))
-    if ip_address(host).is_loopback:
-        # Its processes talk to each other through ports that nothing guards. NCCL's choice of interface is left alone:
-        # the trainer must make the same.
-        env += [("VLLM_HOST_IP", host), ("VLLM_LOOPBACK_IP", host), ("GLOO_SOCKET_IFNAME", "lo")]
     if cpu:
         env += [
             ("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB)),
@@ -168,6 +166,10 @@ def serve_env(
             ("OMP_WAIT_POLICY", "PASSIVE"),
             ("TORCHDYNAMO_DISABLE", "1"),  # --enforce-eager leaves the sampler to be compiled: 45 s at the first token
         ]
+    else:
+        # Its work is on the GPU. With a thread for each core, each small copy of an adapter's hundreds of tensors waits
+        # for all of them: where other processes were busy too, an adapter of 39 MB took 3 to 6 s to load.
+        env.append(("OMP_NUM_THREADS", "1"))
     return tuple(env)
 
 

@@ -1,0 +1,252 @@
+"""Memory as it is planned: how much of each GPU the policy servers and the trainer get. Pure; `memory` estimates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from r1zero import memory, server_plan
+from r1zero.accelerate_config import AccelerateConfig
+from r1zero.batch import Batch
+from r1zero.hardware import Hardware
+from r1zero.memory import Need
+from r1zero.model_facts import ModelFacts
+from r1zero.placement import Allocation, Placement
+from r1zero.recipe import Recipe
+
+SHARE_UNSEEN = 0.3  # of a shared GPU for the server, where nothing can be estimated: TRL's own default
+MOST_NAMES = 4  # of nodes in a line
+SERVER_CONTEXT = 4096  # tokens that a sequence is taken to need where prompts have no limit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory as it is planned.
+
+    Attributes:
+        utilization: the share of each of its GPUs that a server gets.
+        trainer_limit: GiB that the trainer's allocator is held to; None: it is not.
+        lines: for the plan's text.
+        reasons: what is close, and what was chosen.
+    """
+
+    utilization: float
+    trainer_limit: float | None = None
+    lines: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+def of(
+    recipe: Recipe,
+    hardware: Hardware,
+    placed: Placement,
+    batch: Batch,
+    config: AccelerateConfig,
+    model: ModelFacts | None,
+) -> Budget:
+    """How much of each GPU the servers and the trainer get.
+
+    Raises:
+        RecipeError: where they clearly cannot fit, with the arithmetic.
+    """
+    _check_sharing_keys(recipe, placed)
+    given = recipe.library.get("vllm_gpu_memory_utilization")
+    used = {each.node for each in (*placed.servers, *placed.trainers) if each.gpus} if placed.trains_on_gpus else set()
+    card = min((gpu.memory_gib for node in used for gpu in hardware.nodes[node].gpus), default=0.0)
+    limit = recipe.own.gpu_memory_limit
+    if limit is not None and limit > card:
+        raise recipe.fault("gpu_memory_limit", f"the GPU has {card:g} GiB", "lower it, or leave it out")
+    if not card or model is None or model.shape is None or recipe.own.method != "grpo":
+        return _unseen(recipe, placed, card, model)
+    shape, inside = model.shape, not recipe.uses_vllm
+    train = memory.trainer(
+        shape,
+        recipe,
+        processes=batch.processes,
+        zero_stage=config.zero_stage,
+        offload=config.offload,
+        generated=batch.completions_per_process if inside else 0,
+    )
+    if not placed.servers:
+        return _of_trainer(recipe, hardware, placed, train, card)
+    sequences = server_plan.sequences(batch, placed)
+    least, most = (
+        memory.server(
+            shape,
+            context=server_plan.context(recipe, model) or SERVER_CONTEXT,
+            completions=completions,
+            sequences=sequences,
+            rank=server_plan.adapter_rank(recipe),
+            tensor_parallel=len(placed.servers[0].gpus),
+            four_bit=recipe.own.server_base == "vllm_4bit",
+            reserve_gib=reserve,
+        )
+        for completions, reserve in ((-(-sequences // 4), 0.0), (sequences, memory.SERVER_RESERVE_GIB))
+    )
+    if placed.shared:
+        return _on_shared_gpu(recipe, least, most, train, card)
+    share = 0.9 if given is None else given
+    room, needed = share * card, least.total - memory.SERVER_BEYOND_SHARE_GIB
+    if needed > memory.CLEARLY * room:
+        why = (
+            f"a server needs {needed:.1f} GiB of each of its GPUs ({least.text()}), "
+            f"its share of {share:g} of {card:g} GiB is {room:.1f}"
+        )
+        key = "vllm_gpu_memory_utilization" if given is not None else "vllm_tensor_parallel_size"
+        raise recipe.fault(key, why, "more GPUs for each server (vllm_tensor_parallel_size), or a larger share")
+    alone = _of_trainer(recipe, hardware, placed, train, card)
+    reasons = list(alone.reasons)
+    if needed > memory.CLOSE * room:
+        reasons.append(f"close: a server needs {needed:.1f} GiB of the {room:.1f} that it gets")
+    kv_cache = room - needed + dict(least.parts)["KV cache"]
+    parts = Need((*(part for part in least.parts if part[0] in ("weights", "adapter slots")), ("KV cache", kv_cache)))
+    lines = [*alone.lines]
+    for where in _gpu_texts(hardware, placed, placed.servers):
+        each_server = "each server" if len(placed.servers) > 1 else "server"
+        lines.append(f"{where} ({card:g}): {each_server} {room:.1f}: {parts.text()} + workspace")
+    return Budget(share, None, tuple(lines), tuple(reasons))
+
+
+def _check_sharing_keys(recipe: Recipe, placed: Placement) -> None:
+    for key, value in (
+        ("gpu_memory_limit", recipe.own.gpu_memory_limit),
+        ("vllm_enable_sleep_mode", recipe.dedicated_server and recipe["vllm_enable_sleep_mode"]),
+    ):
+        if value and not placed.shared:
+            why = "server and trainer share no GPU here, so it would have no effect"
+            raise recipe.fault(key, why, f"leave {key} out, or server_gpus: 0 to share one GPU")
+
+
+def _unseen(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | None) -> Budget:
+    """Where the GPU's memory or the model's shape is not known: what the recipe says, else a fixed share."""
+    given = recipe.library.get("vllm_gpu_memory_utilization")
+    if not placed.shared:
+        return Budget(0.9 if given is None else given)
+    if not card:
+        unknown = "the GPU does not say how much memory it has"
+    elif model is None:
+        unknown = "the model's shape is not known before it is downloaded, which a dry run does not do"
+    else:
+        unknown = f"the weights of a model of type {model.family} are not counted here"
+    limit = recipe.own.gpu_memory_limit
+    if limit is None:
+        share = SHARE_UNSEEN if given is None else given
+        why = "the recipe says so" if given is not None else unknown
+        return Budget(share, reasons=(f"vLLM's share of the GPU: {share:g}, {why}",))
+    if given is None:
+        why = f"it cannot be divided: {unknown}"
+        raise recipe.fault("gpu_memory_limit", why, "add vllm_gpu_memory_utilization, the server's share of the GPU")
+    left = limit - given * card - memory.SERVER_BEYOND_SHARE_GIB
+    return Budget(given, _trainer_limit(recipe, left))
+
+
+def _of_trainer(recipe: Recipe, hardware: Hardware, placed: Placement, train: Need, card: float) -> Budget:
+    """The trainer on GPUs of its own, with vLLM inside it where TRL's colocate mode is asked for."""
+    if recipe.uses_vllm and not recipe.dedicated_server:
+        train = Need((*train.parts, ("vLLM inside", recipe["vllm_gpu_memory_utilization"] * card)))
+    room = memory.USABLE * card
+    if train.total > memory.CLEARLY * room:
+        why = f"the trainer needs {train.total:.1f} GiB of a GPU ({train.text()}), {room:.1f} are there"
+        raise recipe.fault("per_device_train_batch_size", why, _smaller(recipe))
+    close = train.total > memory.CLOSE * room
+    reasons = (f"close: the trainer needs {train.total:.1f} of {room:.1f} GiB; {_smaller(recipe)}",) if close else ()
+    lines = (
+        f"{where} ({card:g}): trainer {train.total:.1f}: {train.text()}"
+        for where in _gpu_texts(hardware, placed, placed.trainers)
+    )
+    return Budget(0.9, None, tuple(lines), reasons)
+
+
+def _gpu_texts(hardware: Hardware, placed: Placement, wheres: Sequence[Allocation]) -> list[str]:
+    """The GPUs of `wheres`, those of several by semicolons; nodes with the same ones have one text together."""
+    groups: dict[int, list[str]] = {}
+    for each in wheres:
+        groups.setdefault(each.node, []).append(_list(each.gpus))
+    nodes: dict[str, list[int]] = {}
+    for node, gpus in groups.items():
+        nodes.setdefault("GPU " + "; ".join(gpus), []).append(node)
+    if placed.on_one_node:
+        return list(nodes)
+    return [f"{hosts(hardware, numbers)}, {text}" for text, numbers in nodes.items()]
+
+
+def hosts(hardware: Hardware, numbers: Sequence[int]) -> str:
+    """The names of some nodes, shortened where there are many.
+
+    >>> from r1zero.hardware import assumed
+    >>> hosts(assumed("8x1", (1, 2, 3)), range(6))
+    'node0 ... node5'
+    """
+    names = [hardware.nodes[number].host for number in numbers]
+    return ", ".join(names) if len(names) <= MOST_NAMES else f"{names[0]} ... {names[-1]}"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _on_shared_gpu(recipe: Recipe, least: Need, most: Need, train: Need, card: float) -> Budget:
+    """Server and trainer on one GPU: the trainer gets what it needs, the server the rest."""
+    sleep = bool(recipe["vllm_enable_sleep_mode"])
+    limit = recipe.own.gpu_memory_limit
+    room = memory.USABLE * card if limit is None else limit
+    given = recipe.library.get("vllm_gpu_memory_utilization")
+    if given is not None:
+        fixed = given * card - (least.total - memory.SERVER_BEYOND_SHARE_GIB)
+        if fixed < 0 and given * card * memory.CLEARLY < least.total - memory.SERVER_BEYOND_SHARE_GIB:
+            why = f"is {given * card:.1f} of {card:g} GiB, the server needs {least.total:.1f}: {least.text()}"
+            raise recipe.fault("vllm_gpu_memory_utilization", why, "raise it, or leave it out for the plan to choose")
+        least = most = Need((*least.parts, ("more KV cache", max(0.0, fixed))), least.resting)
+    needed = memory.least_needed(least, train, sleep=sleep)
+    if needed > memory.CLEARLY * room:
+        why = (
+            f"server and trainer do not fit on one GPU: {needed:.1f} GiB needed, {room:.1f} there\n"
+            f"      server   {least.total:5.1f} = {least.text()}\n"
+            f"      trainer  {train.total:5.1f} = {train.text()}"
+        )
+        key = "gpu_memory_limit" if limit is not None else "per_device_train_batch_size"
+        asleep = not sleep and memory.least_needed(least, train, sleep=True) <= memory.CLOSE * room
+        also = "vllm_enable_sleep_mode: true, " if asleep else ""
+        raise recipe.fault(key, why, f"{also}{_smaller(recipe)}; or server_gpus of their own")
+    chosen = memory.share(least, most, train, card_gib=card, available_gib=room, sleep=sleep)
+    reasons = []
+    if needed > memory.CLOSE * room:
+        reasons.append(f"close: server and trainer need {needed:.1f} of {room:.1f} GiB; {_smaller(recipe)}")
+    short = chosen.server_gib < most.total - 0.05
+    if sleep:
+        reasons.append("the server sleeps while the trainer works: vllm_enable_sleep_mode is true")
+    elif short:
+        why = "beside the trainer there is no room for more; vllm_enable_sleep_mode: true would make some"
+        reasons.append(f"the server has KV cache for a part of its completions at a time: {why}")
+    else:
+        reasons.append("the server stays awake while the trainer works: both fit, and waking up costs time")
+    if given is None:
+        reasons.append(
+            f"vLLM's share of the GPU: {chosen.utilization:g}, with room for the completions of a generation"
+        )
+    shown = Need((*least.parts, ("more KV cache", chosen.server_gib - least.total))) if short else most
+    lines = (
+        f"GPU 0 ({card:g}{f', held to {limit:g}' if limit is not None else ''}): "
+        f"server {chosen.server_gib:.1f} + trainer {train.total:.1f} = {chosen.server_gib + train.total:.1f}",
+        f"  server: {shown.text()}",
+        f"  trainer: {train.text()}",
+    )
+    trainer_limit = None if limit is None else _trainer_limit(recipe, chosen.trainer_gib)
+    utilization = chosen.utilization if given is None else given
+    return Budget(utilization, trainer_limit, lines, tuple(reasons))
+
+
+def _trainer_limit(recipe: Recipe, left_gib: float) -> float:
+    """GiB for the trainer's allocator, which does not count the CUDA context."""
+    limit = left_gib - memory.TRAINER_CONTEXT_GIB
+    if limit <= 0:
+        why = f"the server takes all of it, {-limit:.1f} GiB are missing before the trainer has any"
+        raise recipe.fault("gpu_memory_limit", why, "raise it, or lower vllm_gpu_memory_utilization")
+    return limit
+
+
+def _smaller(recipe: Recipe) -> str:
+    """What makes a trainer need less, and the same step."""
+    if recipe["per_device_train_batch_size"] > 1:
+        less = "a smaller per_device_train_batch_size with as much more gradient_accumulation_steps"
+    else:
+        less = "a smaller max_completion_length or max_prompt_tokens"
+    return less if recipe["gradient_checkpointing"] else f"gradient_checkpointing: true, or {less}"

@@ -1,0 +1,164 @@
+"""What a policy server is started with, and how new policy versions reach it. Pure, but where a rounded base lies."""
+
+from r1zero import memory, policy_server
+from r1zero.batch import Batch
+from r1zero.model_facts import FAMILIES, PROJECTIONS, ModelFacts
+from r1zero.placement import Allocation, Placement
+from r1zero.recipe import TINY_MODEL, Recipe
+from r1zero.serving import SHARED_MEMORY
+
+# Stands for the rounded base in the plan of a dry run, where a model of the hub has not been downloaded.
+BASE_UNKNOWN = "FOLDER-THAT-R1ZERO.QUANTIZED_BASE-PRINTS"
+MOST_SEQUENCES = 1024  # completions that a server generates at once; more would wait for each other
+SPARE_SEQUENCES = 4  # the launcher's watch and the trainer's probe ask while all others are in use
+
+
+def publish_route(recipe: Recipe, placed: Placement) -> tuple[str | None, tuple[str, ...]]:
+    """How a new policy version reaches the servers, and why so."""
+    if not recipe.dedicated_server:
+        return None, ()
+    asked = recipe.own.publish
+    together = ""
+    if placed.shared:
+        together = "server and trainer share one GPU, where NCCL cannot join them (trl#3158)"
+    elif not placed.trains_on_gpus:
+        together = "the trainer has no GPU, and NCCL joins GPUs"
+    if asked == "nccl" and together:
+        raise recipe.fault("publish", together, "use publish: shared_memory, or auto")
+    if asked != "auto":
+        return asked, (f"publish {asked}: the recipe says so",)
+    if recipe["use_peft"]:
+        return "adapter", ("publish adapter: use_peft is true, so the adapter alone goes to the server",)
+    if together:
+        return "shared_memory", (f"publish shared_memory: all weights are trained, and {together}",)
+    apart = "server and trainer have GPUs of their own"
+    if not recipe.launches_server:
+        apart = "the server is taken to have a GPU of its own (if not: publish: shared_memory)"
+    return "nccl", (f"publish nccl: all weights are trained, and {apart}",)
+
+
+def check_model(recipe: Recipe, model: ModelFacts | None) -> None:
+    """What only the model's configuration tells: modules that an adapter can have, heads that GPUs can share.
+
+    Raises:
+        RecipeError: when no server could serve it.
+    """
+    if recipe.launches_server and recipe.model == TINY_MODEL:
+        why = "the embedded model has no folder before it is made, and vLLM wants one"
+        remedy = "python -m r1zero.tiny makes it and prints its folder: give that"
+        raise recipe.fault("model_name_or_path", why, remedy)
+    if model is None or not recipe.dedicated_server:
+        return
+    targets = recipe["lora_target_modules"]
+    if recipe["use_peft"] and targets and model.family in FAMILIES:
+        known = (*PROJECTIONS, "all-linear")
+        unknown = [name for name in targets if name.rpartition(".")[2] not in known]
+        if unknown:
+            why = f"{', '.join(unknown)}: no projection of a {model.family} model, so vLLM could not serve the adapter"
+            raise recipe.fault("lora_target_modules", why, f"of these: {', '.join(PROJECTIONS)}; or all-linear")
+    each = recipe["vllm_tensor_parallel_size"]
+    if recipe.launches_server and model.shape and model.shape.heads % each:
+        fitting = [str(n) for n in range(1, each) if model.shape.heads % n == 0]
+        why = f"the model's {model.shape.heads} attention heads cannot be divided among {each} GPUs"
+        raise recipe.fault("vllm_tensor_parallel_size", why, f"use {' or '.join(fitting)}")
+
+
+def argv(
+    recipe: Recipe,
+    batch: Batch,
+    placed: Placement,
+    where: Allocation,
+    model: ModelFacts | None,
+    *,
+    publish: str | None,
+    utilization: float,
+    host: str,
+    port: int,
+) -> tuple[str, ...]:
+    """The command of the server at `where`.
+
+    Args:
+        recipe: what is trained.
+        batch: how many completions it will be asked for.
+        placed: where everything is.
+        where: its part of a node.
+        model: facts of the model's shape, where they are known.
+        publish: the route of new policy versions.
+        utilization: its share of each of its GPUs.
+        host: address to listen on.
+        port: TCP.
+    """
+    revision, rounded, cpu = recipe["model_revision"], serves_rounded_base(recipe), not where.gpus
+    return policy_server.serve_argv(
+        model=_rounded_base(recipe) if rounded else recipe.model,
+        host=host,
+        port=port,
+        tensor_parallel_size=max(1, len(where.gpus)),
+        gpu_memory_utilization=utilization,
+        max_model_len=context(recipe, model),
+        max_num_seqs=sequences(batch, placed),
+        dtype=recipe.served_dtype(cpu),
+        trust_remote_code=recipe["trust_remote_code"],
+        seed=recipe["seed"],
+        weight_transfer={"nccl": "nccl", "shared_memory": SHARED_MEMORY}.get(publish or ""),
+        lora_rank=adapter_rank(recipe),
+        lora_target_modules=_adapter_modules(recipe, model),
+        quantization="bitsandbytes" if recipe.own.server_base == "vllm_4bit" else None,
+        enable_sleep_mode=bool(recipe["vllm_enable_sleep_mode"]),
+        cpu=cpu,
+        extra=("--revision", revision) if revision not in (None, "main") and not rounded else (),
+    )
+
+
+def env(recipe: Recipe, where: Allocation, publish: str | None) -> tuple[tuple[str, str], ...]:
+    """The environment of the server at `where`."""
+    four_bit = recipe.own.server_base == "vllm_4bit"
+    return policy_server.serve_env(adapters=publish == "adapter", four_bit=four_bit, cpu=not where.gpus)
+
+
+def serves_rounded_base(recipe: Recipe) -> bool:
+    """Whether the server's base is the trainer's 4-bit one, rounded and then held in bf16."""
+    return bool(recipe["load_in_4bit"]) and recipe.own.server_base == "rounded"
+
+
+def adapter_rank(recipe: Recipe) -> int | None:
+    """The rank of the server's adapter slots; None where no adapter is served."""
+    return policy_server.served_lora_rank(recipe["lora_r"]) if recipe["use_peft"] else None
+
+
+def sequences(batch: Batch, placed: Placement) -> int:
+    """How many completions a server generates at once."""
+    share = min(MOST_SEQUENCES, -(-batch.completions_per_generation // len(placed.servers)))
+    # On a GPU of its own, where memory does not matter, measuring then goes faster.
+    least = 1 if placed.shared or not placed.trains_on_gpus else memory.DEFAULT_SEQUENCES
+    return max(least, share) + SPARE_SEQUENCES
+
+
+def context(recipe: Recipe, model: ModelFacts | None) -> int | None:
+    """Tokens that the server must hold for one sequence, and one that the probe makes it generate.
+
+    None, where prompts have no limit: the model's own.
+    """
+    if recipe.own.max_prompt_tokens is None or recipe["max_completion_length"] is None:
+        return None
+    needed = int(recipe.own.max_prompt_tokens + recipe["max_completion_length"] + 1)
+    return min(needed, model.context_length) if model and model.context_length else needed
+
+
+def _rounded_base(recipe: Recipe) -> str:
+    """The folder of the server's base. It is named by the content of the model, so that is looked at."""
+    from r1zero import quantized_base
+
+    settings = quantized_base.Settings.of(recipe)
+    return str(quantized_base.folder(recipe.model, recipe["model_revision"], settings) or BASE_UNKNOWN)
+
+
+def _adapter_modules(recipe: Recipe, model: ModelFacts | None) -> tuple[str, ...]:
+    """The layers that the server's adapter slots cover: never the output layer, which would double a slot.
+
+    Empty where they are not known: then vLLM's own choice, the output layer among them.
+    """
+    named = tuple(dict.fromkeys(name.rpartition(".")[2] for name in recipe["lora_target_modules"] or ()))
+    if named and "all-linear" not in named:
+        return named
+    return PROJECTIONS if model is None or model.family in FAMILIES else ()
