@@ -10,6 +10,7 @@ It differs from an HTTP client in five ways.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -194,6 +195,7 @@ class _Prompt:
     n: int
     model: str | None
     expected_version: int | None
+    logprobs: bool
     places: asyncio.Semaphore
     calls: tuple[_Call, ...]
 
@@ -263,6 +265,8 @@ class PolicyClient:
         model: str | None = None,
         *,
         expected_version: int | None = None,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = True,
     ) -> Ticket:
         """Start a round of generation: one request a prompt, dealt to the servers in turn.
 
@@ -272,24 +276,27 @@ class PolicyClient:
             n: completions of each prompt, or of all.
             model: an adapter's name, such as policy-20; None for the server's base model.
             expected_version: of the policy that must answer.
+            seeds: of each prompt's first completion; vLLM gives its next ones the seeds that follow. None: unseeded.
+            logprobs: of the sampled tokens; whoever only grades does without, which is faster.
         """
         fixed = {
             **sampling,
+            "return_token_ids": True,
             # The sampled token's logprob alone; ids, because decoded tokens cannot be told apart.
-            **{"logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True},
+            **({"logprobs": 0, "return_tokens_as_token_ids": True} if logprobs else {}),
             **({"model": model} if model is not None else {}),
         }
         counts = [n] * len(prompts) if isinstance(n, int) else list(n)
         longest = int(sampling.get("max_tokens") or VLLM_MAX_TOKENS)
         asked = []
-        for ids, count in zip(prompts, counts, strict=True):
+        for ids, count, seed in zip(prompts, counts, seeds or itertools.repeat(None, len(counts)), strict=True):
             server = next(self._turns)
-            body = {**fixed, "prompt": list(ids), "n": count}
+            body = {**fixed, "prompt": list(ids), "n": count, **({} if seed is None else {"seed": seed})}
             most_bytes = SMALL_BYTES + BYTES_A_TOKEN * count * (len(ids) + longest)
             call = _call(self.base_urls[server], "POST", COMPLETIONS, body, most_bytes=most_bytes)
             urls = itertools.islice(itertools.cycle(self.base_urls), server, server + TRIES)
             calls = tuple(dataclasses.replace(call, url=url) for url in urls)
-            asked.append(_Prompt(tuple(ids), count, model, expected_version, self._places[server], calls))
+            asked.append(_Prompt(tuple(ids), count, model, expected_version, logprobs, self._places[server], calls))
         deadline = _Deadline.after(self._generation_timeout_s, "generation_timeout")
         return Ticket(deadline, self._begin(_all(self._generate(each, deadline) for each in asked)))
 
@@ -305,6 +312,11 @@ class PolicyClient:
         """
         groups = self._wait(ticket._future, ticket._deadline)
         return list(itertools.chain.from_iterable(groups))
+
+    def wait(self, ticket: Ticket, seconds: float) -> bool:
+        """Whether a round is over, well or badly, so that `collect` does not wait; looks on for so long at most."""
+        finished, _ = concurrent.futures.wait([ticket._future], timeout=seconds)
+        return bool(finished) or time.monotonic() > ticket._deadline.at + LATE_S
 
     def cancel(self, ticket: Ticket) -> None:
         """Give a round up: its connections are closed, by which vLLM notices and stops generating."""
@@ -569,13 +581,17 @@ def _rollouts(asked: _Prompt, reply: _Reply) -> list[Rollout]:
         choices = sorted(reply.content["choices"], key=lambda choice: choice["index"])
         if len(choices) != asked.n:
             raise ValueError(f"{len(choices)} completions instead of {asked.n}")
-        return [_rollout(asked.ids, choice, version) for choice in choices]
+        return [_rollout(asked.ids, choice, version, asked.logprobs) for choice in choices]
 
 
-def _rollout(prompt_ids: tuple[int, ...], choice: Mapping[str, Any], version: int | None) -> Rollout:
+def _rollout(
+    prompt_ids: tuple[int, ...], choice: Mapping[str, Any], version: int | None, with_logprobs: bool
+) -> Rollout:
     ids, logprobs, ended = choice["token_ids"], choice["logprobs"], choice["finish_reason"]
     if ended not in ("stop", "length"):
         raise ValueError(f"a completion was given up by the server: finish_reason {ended!r}")
+    if not with_logprobs:
+        return Rollout(prompt_ids, tuple(ids), None, version, ended == "length", str(choice["text"]))
     if logprobs["tokens"] != [f"token_id:{token}" for token in ids]:
         raise ValueError("the logprobs of a completion belong to other tokens")
     values = tuple(_finite(value) for value in logprobs["token_logprobs"])

@@ -6,11 +6,9 @@ Every file but the append-only ones is written aside and renamed, so that a read
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +21,7 @@ PACKAGES = (
     *("r1zero", "torch", "trl", "transformers", "accelerate", "peft", "datasets", "vllm", "deepspeed"),
     *("bitsandbytes", "liger-kernel", "wandb"),
 )
+OF_A_STEP = frozenset({"step", "evaluation", "alert"})  # kinds of lines that a step makes anew when it is done again
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,18 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, in the order of time: ``kind`` is phase, step, evaluation, alert or restart."""
+        """One JSON object a line, in the order of time: ``kind`` is phase, step, evaluation, alert, restart, resume."""
         return self.path / "metrics.jsonl"
 
     @property
     def summary(self) -> Path:
         """How the run ended: outcome, scores before and after, seconds, where to look next."""
         return self.path / "summary.json"
+
+    @property
+    def stop(self) -> Path:
+        """The request to stop soon: ``{"why": str, "deadline": unix seconds}``. Who begins an attempt removes it."""
+        return self.path / "stop.json"
 
     @property
     def logs(self) -> Path:
@@ -96,8 +100,16 @@ class RunFolder:
         raise FileExistsError(f"{self.path}: a thousand runs of this name exist")
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of `metrics` so far; a last line still being written is left out."""
-        yield from self.read_metrics_after(0)[0]
+        """The lines of `metrics` that count; a last line still being written is left out.
+
+        Where the run went back to a checkpoint, what it had recorded of later steps does not: they were done again.
+        """
+        kept: list[dict[str, Any]] = []
+        for line in self.read_metrics_after(0)[0]:
+            if line["kind"] == "resume":
+                kept = [each for each in kept if each["kind"] not in OF_A_STEP or each["step"] <= line["step"]]
+            kept.append(line)
+        yield from kept
 
     def read_metrics_after(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The whole lines of `metrics` from byte `offset` on, and the offset after them, to go on from."""
@@ -153,52 +165,6 @@ def drop_half_line(path: Path) -> None:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def newest_checkpoint(folder: RunFolder) -> Path | None:
-    """The complete checkpoint of the highest step, None where there is none.
-
-    Complete: the trainer's state, weights of the model or adapter, optimizer, scheduler and random states are there,
-    and none of them was cut off while it was written, as far as their own tables of contents tell.
-    """
-    found = {}
-    for path in folder.checkpoints.glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
-            found[int(match[1])] = path
-    return next((found[step] for step in sorted(found, reverse=True) if _is_complete(found[step], step)), None)
-
-
-def _is_complete(checkpoint: Path, step: int) -> bool:
-    try:
-        if read_json(checkpoint / "trainer_state.json")["global_step"] != step:
-            return False
-        weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
-        for index in checkpoint.glob("model.safetensors.index.json"):
-            weights += [checkpoint / name for name in read_json(index)["weight_map"].values()]
-        tensors = [*_optimizer_files(checkpoint), checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-        has_random_states = tensors[-1].name.startswith("rng_state")
-        whole = all(map(_is_whole_safetensors, set(weights))) and all(map(zipfile.is_zipfile, tensors))
-        return bool(weights) and has_random_states and whole
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def _optimizer_files(checkpoint: Path) -> list[Path]:
-    """Where the optimizer's state is: in one file, or in DeepSpeed's of each process, which `latest` leads to."""
-    latest = checkpoint / "latest"
-    if latest.exists():
-        shards = sorted((checkpoint / latest.read_text(encoding="utf-8").strip()).glob("*_optim_states.pt"))
-        return shards or [latest]
-    return [checkpoint / "optimizer.pt"]
-
-
-def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
-    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def versions(project: Path, gpus: tuple[str, ...] = ()) -> dict[str, Any]:

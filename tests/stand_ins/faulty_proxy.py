@@ -68,8 +68,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def before(port: int) -> Iterator[Proxy]:
-    """A proxy before the server at `port` of this machine."""
+def before(port: int, at: int = 0) -> Iterator[Proxy]:
+    """A proxy before the server at `port` of this machine, listening `at` another; 0: of the system's choice."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *words: Any) -> None:
@@ -115,7 +115,7 @@ def before(port: int) -> Iterator[Proxy]:
 
         do_POST = do_GET
 
-    server = _Server(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", at), Handler)
     proxy = Proxy(f"http://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:

@@ -19,8 +19,9 @@ PROJECT = "R1ZERO_STAND_IN_PROJECT"
 
 
 def main() -> int:
-    two_gpus = hardware.assumed("1x2")
-    hardware.detect = lambda: two_gpus
+    two_gpus = hardware.assumed("1x2").nodes[0]
+    hardware.this_node = lambda: two_gpus
+    hardware.of_nodes = hardware.Hardware
     policy_server.VLLM = (sys.executable, str(HERE / "vllm.py"))
     watch.LOOK_S = 0.3
     if "R1ZERO_REAL_ACCELERATE" not in os.environ:

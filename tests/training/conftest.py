@@ -41,7 +41,12 @@ SMALL = {
 # A chat template that renders a conversation as the model has learnt to read it.
 CHAT = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<reasoning>{% endif %}"
 # Two of the machine's cores are shared with other work: waiting threads sleep instead of spinning.
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +136,30 @@ def train(
             code = main.main(method, PROJECT)
         out, err = capsys.readouterr()
         return code, RunFolder(tmp_path / "run"), out, err
+
+    return call
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, RunFolder, str]]:
+    """A trainer process in a run folder of one's own, in this process: exit code, run folder, stderr."""
+
+    def call(recipe: Path, folder: Path, *words: object, method: str = "grpo") -> tuple[int, RunFolder, str]:
+        folder.mkdir(exist_ok=True)
+        argv = [f"launch/{method}.py", "--config", recipe, "--run_folder", folder, *words]
+        with one_process(), pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+            patch.setattr(sys, "argv", [str(word) for word in argv])
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as the processes that a run is compared with
+            try:
+                code = main.main(method, PROJECT)
+            finally:
+                torch.set_num_threads(threads)
+        return code, RunFolder(folder), capsys.readouterr().err
 
     return call
 

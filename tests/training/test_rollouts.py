@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from r1zero.policy_client import PolicyClient, Rollout, WrongPolicyVersion
+from r1zero.policy_client import PolicyClient, Rollout, TicketCancelled, WrongPolicyVersion
 from r1zero.training.rollouts import InProcessRollouts, Rollouts, ServerRollouts
 from tests.stand_in_server import Handler, serving
 
@@ -56,6 +56,48 @@ def test_the_policy_is_that_of_the_moment_of_submitting() -> None:
         source = ServerRollouts(client, lambda: next(versions))
         first, second = source.submit([[1]], 1, SAMPLING), source.submit([[1]], 1, SAMPLING)
         assert [source.collect(ticket)[0].policy_version for ticket in (second, first)] == [5, 4]
+
+
+def test_each_completion_has_a_seed_by_its_place_however_the_places_are_shared() -> None:
+    """vLLM gives the completions of one request the seeds from that of the request on."""
+
+    def seeds_of(*shares: tuple[list[list[int]], int]) -> list[tuple[int, int]]:
+        with serving(_complete=echo, version="7") as (url, handler):
+            with PolicyClient([url], None, generation_timeout_s=30) as client:
+                source = ServerRollouts(client, lambda: (7, None))
+                for prompts, seed in shares:
+                    source.collect(source.submit(prompts, 3, SAMPLING, seed))
+            bodies = [body for _, _, body in handler.seen]
+        return sorted((body["prompt"][0], body["seed"] + number) for body in bodies for number in range(body["n"]))
+
+    alone = seeds_of((PROMPTS, 100))
+    assert alone == [*((1, 100 + place) for place in range(3)), *((2, 103 + place) for place in range(3)), (3, 106)]
+    assert seeds_of((PROMPTS[:4], 100), (PROMPTS[4:], 104)) == alone
+
+
+def test_without_seeds_none_is_asked_for() -> None:
+    with serving(_complete=echo, version="7") as (url, handler):
+        with PolicyClient([url], None, generation_timeout_s=30) as client:
+            source = ServerRollouts(client, lambda: (7, None))
+            source.collect(source.submit(PROMPTS, 3, SAMPLING))
+        assert all("seed" not in body for _, _, body in handler.seen)
+
+
+def test_a_round_can_be_waited_for_in_pieces_and_given_up() -> None:
+    with serving(mode="hang-after-health") as (url, _), PolicyClient([url], None, generation_timeout_s=30) as client:
+        source = ServerRollouts(client, lambda: (7, None))
+        ticket = source.submit([[1]], 1, SAMPLING)
+        assert not source.wait(ticket, 0.05)
+        source.cancel(ticket)
+        assert source.wait(ticket, 10)
+        with pytest.raises(TicketCancelled):
+            source.collect(ticket)
+    with serving(_complete=echo, version="6") as (url, _), PolicyClient([url], None, generation_timeout_s=30) as client:
+        source = ServerRollouts(client, lambda: (7, None))
+        ticket = source.submit([[1]], 1, SAMPLING)
+        assert source.wait(ticket, 10)  # over, but not well
+        with pytest.raises(WrongPolicyVersion):
+            source.collect(ticket)
 
 
 def test_a_stale_server_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 
+from transformers import Trainer
 from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -18,6 +19,28 @@ def test_the_methods_of_the_trainer_that_are_wrapped_or_called() -> None:
     rewards = ["self", "inputs", "prompts", "completions", "completion_ids_list"]
     assert parameters(GRPOTrainer._calculate_rewards) == rewards
     assert parameters(GRPOTrainer._tokenize_prompts) == ["self", "prompts"]
+
+
+def test_what_resuming_takes_from_the_trainers() -> None:
+    assert parameters(GRPOTrainer._get_train_sampler) == ["self", "dataset"]
+    assert (
+        parameters(Trainer._save_checkpoint) == parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"]
+    )
+    assert parameters(Trainer._get_output_dir) == ["self", "trial"]
+    assert {"train_dataloader", "epoch"} <= set(parameters(Trainer._run_epoch))
+    loop, save = inspect.getsource(Trainer._inner_training_loop), inspect.getsource(Trainer._save_checkpoint)
+    assert "self._run_epoch(\n                model=model," in loop  # by name
+    before, after = loop.split("self.callback_handler.on_train_begin(")
+    for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
+        assert f"self.{name} =" in before and f"self.{name} =" not in after, name
+    assert "run_dir = self._get_output_dir(trial=trial)" in save
+    assert 'checkpoint_folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in save
+    source = inspect.getsource(GRPOTrainer)
+    for name in ("_step = 0", "_buffered_inputs = None", "_total_train_tokens = 0"):
+        assert f"self.{name}" in source, name
+    window = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "generate_every = self.args.steps_per_generation * self.num_iterations" in window
+    assert "if self._step % generate_every == 0 or self._buffered_inputs is None:" in window
 
 
 def test_the_methods_of_vllm_generation_that_are_wrapped_or_called() -> None:

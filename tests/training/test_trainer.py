@@ -21,8 +21,9 @@ from r1zero.tasks.prompts import TEMPLATES
 from r1zero.tasks.verifier import Verdict, Verifier
 from r1zero.training import arguments, held_out
 from r1zero.training import data as training_data
+from r1zero.training.clock import Clock
 from r1zero.training.recorder import Recorder
-from r1zero.training.trainer import Clock, PolicyTrainer
+from r1zero.training.trainer import PolicyTrainer
 from tests.training.conftest import CHAT, one_process, rows, write_recipe
 
 

@@ -1,6 +1,8 @@
 """When a share of the verdicts says that something is wrong, said once and not at every step."""
 
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 WINDOW = 10  # generations; one alone says little where a batch is small
 
@@ -42,6 +44,14 @@ class Alarm:
         news = above and not self._said
         self._said = above
         return mean if news else None
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` goes on from."""
+        return {"recent": list(self._recent), "said": self._said}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._recent = deque(state["recent"], maxlen=WINDOW)
+        self._said = state["said"]
 
     def message(self, share: float) -> str:
         """What a person is told.

@@ -5,15 +5,16 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
 from r1zero import model_facts
+from r1zero.evaluation.scores import Score
 from r1zero.plan import TRAINER_MEMORY
 from r1zero.recipe import Recipe
 from r1zero.run_folder import RunFolder
@@ -22,7 +23,7 @@ from r1zero.tasks.problem import Problem
 from r1zero.tasks.selection import Selection
 from r1zero.training import arguments, data, held_out
 from r1zero.training.generation import PolicyServer, ServerSettings
-from r1zero.training.session import finish, session, without_printer
+from r1zero.training.session import finish, leaving_when_asked, session, without_printer
 from r1zero.training.trainer import PolicyTrainer
 
 PROBED_TOKENS = 512
@@ -58,18 +59,18 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
             stop_strings=recipe.own.stop_strings or (),
             alerts={"unparsed": recipe.own.alert_unparsed, "timed_out": recipe.own.alert_timed_out},
             server=_server(recipe, recorder.folder, problems, tokenizer),
+            seed_rollouts=recipe.own.seed_rollouts,
         )
         with contextlib.closing(trainer):
             without_printer(trainer)
-            scores: dict[str, Any] = {}
-            if test and recipe["eval_on_start"] and resume is None:
-                scores["before"] = asdict(held_out.measure(trainer, test, recipe.own, "measuring before training"))
-            if test and recipe["eval_strategy"] == "steps":
-                trainer.add_callback(_MeasureOnTheWay(trainer, test, recipe))
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-            if test:
-                scores["after"] = asdict(held_out.measure(trainer, test, recipe.own, "measuring after training"))
-            finish(recorder, trainer, began, {"held_out": scores})
+            measurements = _Measurements(trainer, test, recipe)
+            with leaving_when_asked(recorder, trainer):
+                measurements.before_training(resume)
+                trainer.at_step_end = measurements.on_the_way
+                trainer.resume(resume)
+                trainer.stop_request.check()
+                measurements.after_training()
+                finish(recorder, trainer, began, {"held_out": measurements.scores})
 
 
 def _hold_memory() -> None:
@@ -125,17 +126,43 @@ def _held_out(problems: list[Problem], recipe: Recipe, tokenizer: Any) -> list[P
     return held_out.subset(data.within_limit(problems, recipe, tokenizer), recipe.own.eval_count) if problems else []
 
 
-class _MeasureOnTheWay(TrainerCallback):  # type: ignore[misc]
-    """Measures every ``eval_steps`` steps; the last step is measured after training anyway."""
+class _Measurements:
+    """What is measured on held-out problems, and when: each once, also by a run that stopped meanwhile and was resumed.
+
+    Attributes:
+        scores: before and after training, as far as they are known.
+    """
 
     def __init__(self, trainer: PolicyTrainer, problems: list[Problem], recipe: Recipe) -> None:
-        self.trainer = trainer
-        self.problems = problems
-        self.recipe = recipe
+        self._trainer, self._problems, self._recipe = trainer, problems, recipe
+        self._every = recipe["eval_steps"] or trainer.args.logging_steps if recipe["eval_strategy"] == "steps" else None
+        lines = [line for line in trainer.recorder.folder.read_metrics() if line["kind"] == "evaluation"]
+        self._recorded = {line["step"]: {each.name: line[each.name] for each in fields(Score)} for line in lines}
+        self.scores: dict[str, Any] = {}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        every = self.recipe["eval_steps"] or args.logging_steps
-        if state.global_step % every == 0 and state.global_step < state.max_steps:
-            label = f"measuring at step {state.global_step}"
-            with self.trainer.clock.stopped():
-                held_out.measure(self.trainer, self.problems, self.recipe.own, label)
+    def before_training(self, resume: Path | None) -> None:
+        """Measure what the model can do before it is trained; a run that is resumed looks up what was measured then."""
+        if not self._problems or not self._recipe["eval_on_start"]:
+            return
+        if resume is None and 0 not in self._recorded:
+            self.scores["before"] = self._measure("measuring before training")
+        elif 0 in self._recorded:
+            self.scores["before"] = self._recorded[0]
+
+    def on_the_way(self, step: int) -> None:
+        """Measure where the recipe says so; the last step is measured after training anyway."""
+        trainer = self._trainer
+        if not self._problems or self._every is None or step % self._every or step >= trainer.state.max_steps:
+            return
+        if trainer.resumed_at == step and step in self._recorded:
+            return
+        with trainer.clock.stopped():
+            self._measure(f"measuring at step {step}")
+        trainer.recorder.phase("training", step, trainer.state.max_steps, trainer.recorder.seconds_left)
+
+    def after_training(self) -> None:
+        if self._problems:
+            self.scores["after"] = self._measure("measuring after training")
+
+    def _measure(self, label: str) -> dict[str, Any]:
+        return asdict(held_out.measure(self._trainer, self._problems, self._recipe.own, label))

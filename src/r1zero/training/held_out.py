@@ -19,7 +19,7 @@ from r1zero.tasks import prompts as templates
 from r1zero.tasks.problem import Problem
 from r1zero.tasks.verifier import Verdict
 from r1zero.training.recorder import prompt_text
-from r1zero.training.trainer import PolicyTrainer
+from r1zero.training.trainer import PolicyTrainer, seed_of
 
 SEED = 20261121  # of every measurement, so that two of them draw alike
 
@@ -32,7 +32,11 @@ def subset(problems: list[Problem], count: int | None) -> list[Problem]:
 
 
 def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, label: str) -> Score:
-    """Sample, grade and record `keys.eval_samples` completions of each problem. A collective: all processes call it."""
+    """Sample, grade and record `keys.eval_samples` completions of each problem. A collective: all processes call it.
+
+    Raises:
+        Stopped: between two rounds, when the run was asked to stop; then nothing is recorded.
+    """
     began = time.monotonic()
     accelerator, step = trainer.accelerator, trainer.state.global_step
     samples = keys.eval_samples
@@ -50,7 +54,8 @@ def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, labe
         torch.manual_seed(SEED + accelerator.process_index)
         for at in range(0, share, per_round):
             indices = [index for index in own[at : at + per_round] for _ in range(samples)]
-            completed = _complete(trainer, [prompts[i] for i in indices], samples, keys.eval_temperature)
+            seed = seed_of(SEED) + own[at] * samples if trainer.seed_rollouts else None
+            completed = _complete(trainer, [prompts[i] for i in indices], samples, keys.eval_temperature, seed)
             grades = trainer.verifier.grade(
                 [text for text, _, _ in completed],
                 [problems[i].gold for i in indices],
@@ -128,11 +133,11 @@ def _sampling(trainer: PolicyTrainer, temperature: float) -> Iterator[None]:
 
 
 def _complete(
-    trainer: PolicyTrainer, prompts: list[Any], samples: int, temperature: float
+    trainer: PolicyTrainer, prompts: list[Any], samples: int, temperature: float, seed: int | None
 ) -> list[tuple[str, list[int], int | None]]:
     """(text, token ids, policy version) of one completion for each of `prompts`: runs of `samples` equal ones."""
     prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-    completed = trainer.complete(prompt_ids, samples, temperature=temperature)
+    completed = trainer.complete(prompt_ids, samples, seed, temperature=temperature)
     ids, _ = trainer.stop.cut([list(each.completion_ids) for each in completed], None)
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     return [(text, one, each.policy_version) for text, one, each in zip(texts, ids, completed, strict=True)]

@@ -6,6 +6,7 @@ twice, no wait is without an end, and a server that failed is named on every ran
 """
 
 import json
+import os
 import queue
 import shutil
 import threading
@@ -22,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from r1zero.plan import GROUP_ADDRESS
 from r1zero.policy_client import PolicyClient
 from r1zero.serving import VERSION_HEADER
 
@@ -91,7 +93,7 @@ def make(
     timeout_s: float,
     group_port: int,
     dtype: torch.dtype,
-    master_address: str = "127.0.0.1",
+    master_address: str | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Publisher:
     """The publisher of a route.
@@ -106,7 +108,8 @@ def make(
         timeout_s: for one publish as a whole.
         group_port: TCP port at which the servers' workers meet the trainer, for nccl.
         dtype: the servers'. Weights are rounded to it here: so they would be there, and half of the bytes travel.
-        master_address: where the workers find the trainer, for nccl; this machine unless servers are on others.
+        master_address: where the workers find the trainer, for nccl; None: at `GROUP_ADDRESS`, which the plan sets
+            where servers are on other machines, else on this machine.
         bucket_bytes: all weights go in buckets of so much, so that no more is gathered at a time.
     """
     peft = hasattr(_unwrapped(accelerator, model), "peft_config")
@@ -117,7 +120,7 @@ def make(
     if peft:
         raise PublishError(f"publish = {route!r} sends all weights, and only an adapter is trained; set it to auto")
     if route == "nccl":
-        meeting = Meeting(master_address, group_port)
+        meeting = Meeting(master_address or os.environ.get(GROUP_ADDRESS, "127.0.0.1"), group_port)
         return NcclPublisher(model, accelerator, client, meeting, timeout_s, dtype, bucket_bytes)
     return SharedMemoryPublisher(model, accelerator, client, publish_folder, timeout_s, dtype, bucket_bytes)
 

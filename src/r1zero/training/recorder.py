@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1zero.reporting import progress
-from r1zero.run_folder import RunFolder, append_json_line, write_json
+from r1zero.run_folder import RunFolder, append_json_line, drop_half_line, write_json
 
 # One row of rollouts/*.parquet, written by training and by measuring alike.
 ROLLOUT_SCHEMA = pa.schema(
@@ -56,12 +57,16 @@ class Recorder:
     Attributes:
         active: whether this is the process that writes.
         restarts: how often this run was started again.
+        seconds_left: of training, as of the last recorded step; None before the first.
     """
 
     def __init__(self, folder: RunFolder, active: bool) -> None:
         self.folder = folder
         self.active = active
+        if active:
+            drop_half_line(folder.metrics)  # of a process that was killed
         self.restarts = sum(line["kind"] == "restart" for line in folder.read_metrics()) if active else 0
+        self.seconds_left: float | None = None
         self._phase_began = time.monotonic()
         self._rollouts: list[dict[str, Any]] = []
 
@@ -99,8 +104,32 @@ class Recorder:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         line = {"kind": "step", "time": time.time(), **clean}
         append_json_line(self.folder.metrics, line)
+        self.seconds_left = metrics["seconds_left"]
         self.phase("training", metrics["step"], metrics["steps"], metrics["seconds_left"])
         self.say(progress.step_line(line))
+
+    def resumed(self, step: int, checkpoint: Path | None) -> None:
+        """The run goes on after `step`: what was recorded of later steps does not count any more.
+
+        Args:
+            step: 0 where it begins anew.
+            checkpoint: None where it begins anew. Then nothing is said unless an earlier attempt has recorded steps.
+        """
+        if not self.active or (
+            checkpoint is None and all(line["kind"] != "step" for line in self.folder.read_metrics())
+        ):
+            return
+        line = {"kind": "resume", "time": time.time(), "step": step, "checkpoint": checkpoint and str(checkpoint)}
+        append_json_line(self.folder.metrics, line)
+        self.say(progress.resume_line(line))
+
+    def stopped(self, step: int, checkpoint: Path | None, why: str) -> None:
+        """The run leaves off here, to be resumed."""
+        if not self.active:
+            return
+        where = None if checkpoint is None else os.path.relpath(checkpoint, self.folder.path)
+        write_json(self.folder.summary, {"outcome": "stopped", "step": step, "checkpoint": where, "why": why})
+        self.phase(f"stopped at step {step}: {why}")
 
     def evaluation(self, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """One measurement: a line of metrics.jsonl, every completion in parquet."""

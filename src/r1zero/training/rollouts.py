@@ -3,6 +3,7 @@
 `submit` starts a round and `collect` waits for it, so that a trainer may do something else in between.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,14 +17,27 @@ class Rollouts(Protocol):
     The prompts come as TRL gives them: each as often as completions of it are wanted, side by side.
     """
 
-    def submit(self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: Mapping[str, Any]) -> Any:
+    def submit(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: Mapping[str, Any],
+        seed: int | None = None,
+    ) -> Any:
         """Start a round and return the ticket for it.
 
         Args:
             prompt_ids: token ids, one entry for each completion.
             num_generations: completions of one prompt that belong together.
             sampling: vLLM's sampling parameters.
+            seed: of the first completion; the one after it has the next seed, and so on. None draws as it comes.
         """
+
+    def wait(self, ticket: Any, seconds: float) -> bool:
+        """Whether `collect` would return or raise at once, waiting so long for it at most."""
+
+    def cancel(self, ticket: Any) -> None:
+        """Give a round up."""
 
     def collect(self, ticket: Any) -> list[Rollout]:
         """Wait for a round: one rollout for each entry of `prompt_ids`, in that order."""
@@ -41,18 +55,29 @@ class ServerRollouts:
         """
         self._client, self._policy = client, policy
 
-    def submit(self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: Mapping[str, Any]) -> Ticket:
+    def submit(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: Mapping[str, Any],
+        seed: int | None = None,
+    ) -> Ticket:
         version, adapter = self._policy()
         if version is None:
             raise RuntimeError("no policy version was published: the servers' policy is not the trainer's")
         groups = list(_groups(prompt_ids, num_generations))
+        counts = [count for _, count in groups]
+        # vLLM gives the completions of one request the seeds that follow its own.
+        seeds = None if seed is None else [seed + before for before in itertools.accumulate([0, *counts[:-1]])]
         return self._client.submit(
-            [ids for ids, _ in groups],
-            sampling,
-            [count for _, count in groups],
-            adapter,
-            expected_version=version,
+            [ids for ids, _ in groups], sampling, counts, adapter, expected_version=version, seeds=seeds
         )
+
+    def wait(self, ticket: Ticket, seconds: float) -> bool:
+        return self._client.wait(ticket, seconds)
+
+    def cancel(self, ticket: Ticket) -> None:
+        self._client.cancel(ticket)
 
     def collect(self, ticket: Ticket) -> list[Rollout]:
         return self._client.collect(ticket)
@@ -85,8 +110,22 @@ class InProcessRollouts:
         """
         self._generate, self._version, self._end_token_ids = generate, version, frozenset(end_token_ids)
 
-    def submit(self, prompt_ids: Sequence[Sequence[int]], num_generations: int, sampling: Mapping[str, Any]) -> Round:
+    def submit(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: Mapping[str, Any],
+        seed: int | None = None,
+    ) -> Round:
+        if seed is not None:
+            raise ValueError("only a policy server draws with the seeds that it is given")
         return Round([list(ids) for ids in prompt_ids], num_generations, dict(sampling))
+
+    def wait(self, ticket: Round, seconds: float) -> bool:
+        return True
+
+    def cancel(self, ticket: Round) -> None:
+        pass
 
     def collect(self, ticket: Round) -> list[Rollout]:
         version = self._version()

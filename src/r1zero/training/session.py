@@ -1,8 +1,10 @@
 """What every trainer process does before and after it trains, whichever method."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from r1zero import run_folder
+from r1zero import checkpoints, run_folder
 from r1zero.recipe import Recipe
 from r1zero.reporting import trackers
 from r1zero.run_folder import RunFolder, write_json, write_yaml
+from r1zero.training.checkpoints import ResumableTrainer
 from r1zero.training.recorder import Recorder
+from r1zero.training.stopping import Stopped
 
 SETTLE_S = 0.2
 
@@ -29,8 +33,10 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
         folder: the run folder that the launcher made; None, started by hand: a new one is made here.
         project: the checkout, for its git commit.
     """
+    _without_compiler()
     cpu = recipe.library.get("use_cpu", not torch.cuda.is_available())  # several processes on a CPU talk over gloo
-    state = PartialState(cpu=bool(cpu))
+    # The process group is made here, so the deadline of its collectives must come here too.
+    state = PartialState(cpu=bool(cpu), timeout=timedelta(seconds=recipe["ddp_timeout"]))
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     recorder = Recorder(_agreed_folder(recipe, folder, state), state.is_main_process)
@@ -40,6 +46,8 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
         recorder.say(f"run folder: {recorder.folder.path}")
     if recorder.active and "wandb" in trackers.chosen(recipe.library.get("report_to")):
         recorder.say(trackers.start_wandb(recorder.folder.path, recipe.resolved()))
+    if recorder.active:
+        checkpoints.remove_leftovers(recorder.folder.checkpoints)
     recorder.phase("loading model and data")
     try:
         yield recorder
@@ -48,6 +56,16 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
         # and waits for that thread, for ever (torch 2.13, ~ProcessGroupGloo under ~Reducer). So it is let finish first.
         time.sleep(SETTLE_S)
         state.destroy_process_group()
+
+
+@contextmanager
+def leaving_when_asked(recorder: Recorder, trainer: ResumableTrainer) -> Iterator[None]:
+    """Where the run is asked to stop inside, it leaves a complete checkpoint, says so in its summary, and is done."""
+    try:
+        yield
+    except Stopped as stopped:
+        step, checkpoint = trainer.leave()
+        recorder.stopped(step, checkpoint, str(stopped))
 
 
 def finish(recorder: Recorder, trainer: Any, began: float, summary: dict[str, Any]) -> None:
@@ -74,6 +92,18 @@ def without_printer(trainer: Any) -> None:
     """Take out transformers' own printing of each step's metrics: the recorder says them in one line."""
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed on a CPU from compiling collectives of its own when it begins.
+
+    All processes would compile the same at once, into one place, and those that wait there for the others' result find
+    none when a compilation is killed, or wait for ever. Gloo does what is needed.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _agreed_folder(recipe: Recipe, folder: Path | None, state: PartialState) -> RunFolder:

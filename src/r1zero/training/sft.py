@@ -1,21 +1,28 @@
 """One trainer process of the cold start: supervised fine-tuning on worked solutions."""
 
+import gc
 import time
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from r1zero import model_facts
+from r1zero.evaluation import ending
 from r1zero.recipe import Recipe
 from r1zero.tasks.selection import Selection
 from r1zero.training import arguments, data
-from r1zero.training.session import finish, session, without_printer
-from r1zero.training.trainer import Clock, StepRecorder
+from r1zero.training.checkpoints import ResumableTrainer
+from r1zero.training.session import finish, leaving_when_asked, session, without_printer
+
+
+class SolutionTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, recorded and resumable."""
 
 
 def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path, resume: Path | None = None) -> None:
-    """Train on the solutions of the training split, save."""
+    """Train on the solutions of the training split, save, measure."""
     began = time.monotonic()
     with session(recipe, folder, project) as recorder:
         model = model_facts.path_of(recipe.model)
@@ -28,7 +35,7 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
             recorder.say(note)
         problems = data.within_limit(chosen.train, recipe, tokenizer)
         recorder.say(f"{len(problems)} worked solutions to learn from")
-        trainer = SFTTrainer(
+        trainer = SolutionTrainer(
             model=model,
             args=config,
             train_dataset=data.for_sft(problems, recipe),
@@ -37,6 +44,17 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
             quantization_config=get_quantization_config(model_config),
         )
         without_printer(trainer)
-        trainer.add_callback(StepRecorder(recorder, Clock()))
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        finish(recorder, trainer, began, {})
+        trainer.begin_recording(recorder)
+        with leaving_when_asked(recorder, trainer):
+            trainer.resume(resume)
+            trainer.stop_request.check()
+            finish(recorder, trainer, began, {})
+    # The weights are gone by now, and so are the process groups: the evaluation has the GPUs for itself.
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if recorder.active and (recorder.folder.model / "tokenizer_config.json").is_file():
+        recorder.phase("measuring after training")
+        ending.measure(recipe, recorder.folder, project, recorder.say)
+        recorder.phase("done")

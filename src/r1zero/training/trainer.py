@@ -1,19 +1,17 @@
 """GRPOTrainer with a clock, a notebook, a verifier and our own policy server: the algorithm is TRL's, untouched.
 
 Written against TRL 1.16.0. Three of its methods are wrapped, `_tokenize_prompts`, `_generate_single_turn` and
-`_calculate_rewards`, and `VLLMGeneration` is replaced where a policy server is in use; a test fails when they move.
+`_calculate_rewards`; the sampler of the prompts is ours; `VLLMGeneration` is replaced where a policy server is in use.
+A test fails when they move.
 """
 
+import hashlib
 import math
-import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
 from r1zero.policy_client import Rollout
@@ -21,13 +19,16 @@ from r1zero.tasks.prompts import chat_arguments
 from r1zero.tasks.rewards import text_of
 from r1zero.tasks.verifier import Verdict, Verifier
 from r1zero.training.alarm import Alarm
+from r1zero.training.checkpoints import ResumableTrainer
 from r1zero.training.generation import PolicyServer, in_place_of_vllm
 from r1zero.training.recorder import Recorder, clipped, prompt_text
 from r1zero.training.rollouts import InProcessRollouts, Rollouts
+from r1zero.training.sampler import WindowSampler
 from r1zero.training.stop_strings import StopStrings
+from r1zero.training.stopping import LOOK_S, any_rank
 
 
-class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
+class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
     """TRL's trainer, which also grades each batch once and writes down every rollout and where a step's time went.
 
     Args:
@@ -37,6 +38,7 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         alerts: by verdict, the share of completions above which to say so.
         server: makes the policy server's side of the trainer, given what TRL gives a `VLLMGeneration`; None where
             completions are generated in this process.
+        seed_rollouts: whether each completion that a policy server is asked for has a seed of its own.
     """
 
     def __init__(
@@ -47,17 +49,17 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         stop_strings: Sequence[str] = (),
         alerts: Mapping[str, float] | None = None,
         server: Callable[..., PolicyServer] | None = None,
+        seed_rollouts: bool = False,
         **kwargs: Any,
     ) -> None:
         with in_place_of_vllm(server):
             super().__init__(*args, **kwargs)
-        self.recorder = recorder
+        self.begin_recording(recorder)
         self.verifier = verifier
+        self.seed_rollouts = seed_rollouts
         self.stop = StopStrings(stop_strings, self.processing_class)
         self.alarms = [Alarm(verdict, share) for verdict, share in (alerts or {}).items()]
         self.several_sources = len(self.train_dataset.unique("source")) > 1
-        self.clock = Clock()
-        self.add_callback(StepRecorder(recorder, self.clock))
         self.server: PolicyServer | None = self.vllm_generation if server else None
         self.rollouts: Rollouts = (
             self.server.rollouts if self.server else InProcessRollouts(self._generate_here, lambda: self.version_here)
@@ -99,23 +101,86 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         return tokenized["input_ids"], None, {}
 
-    def complete(self, prompt_ids: Sequence[Sequence[int]], group: int, **sampling: Any) -> list[Rollout]:
+    def _get_train_sampler(self, dataset: Any = None) -> WindowSampler:
+        return WindowSampler(
+            self.train_dataset if dataset is None else dataset,
+            group=self.num_generations,
+            window=self.args.generation_batch_size // self.num_generations,
+            repeats=self._batches_of_a_window,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    @property
+    def _batches_of_a_window(self) -> int:
+        """How many batches each process learns from before completions are generated anew."""
+        return int(self.args.steps_per_generation * self.num_iterations)
+
+    def facts(self) -> dict[str, Any]:
+        names = ("num_generations", "steps_per_generation", "num_iterations")
+        return super().facts() | {name: getattr(self.args, name) for name in names}
+
+    def between_steps(self) -> dict[str, Any]:
+        return super().between_steps() | {
+            "batches": self._step,
+            # At its end a window is not needed any more.
+            "window": self._buffered_inputs if self._step % self._batches_of_a_window else None,
+            "alarms": [alarm.state() for alarm in self.alarms],
+        }
+
+    def restore_between_steps(self, between: Mapping[str, Any]) -> None:
+        super().restore_between_steps(between)
+        self._step = between["batches"]
+        self._buffered_inputs = between["window"]
+        for alarm, state in zip(self.alarms, between["alarms"], strict=True):
+            alarm.restore(state)
+
+    def complete(
+        self, prompt_ids: Sequence[Sequence[int]], group: int, seed: int | None = None, **sampling: Any
+    ) -> list[Rollout]:
         """One completion for each prompt, by the policy as it is now. A collective.
 
         Args:
             prompt_ids: the prompts' tokens, in runs of `group` equal ones.
             group: completions of one prompt.
+            seed: of the first completion, where a policy server is to draw with seeds; the next has the next one.
             sampling: of the policy server, in place of the trainer's own.
+
+        Raises:
+            Stopped: when the run was asked to stop, and nothing is lost by doing so here.
         """
+        self._stop_if_asked()
         if self.server:
             self._publish()
             with self.clock.phase("generate"):
-                ticket = self.rollouts.submit(prompt_ids, group, {**self.server.sampling, **sampling})
-                completed = self.rollouts.collect(ticket)
+                ticket = self.rollouts.submit(prompt_ids, group, {**self.server.sampling, **sampling}, seed)
+                completed = self._collect(ticket)
             self.server.rest()
             return completed
         with self.clock.phase("generate"):
-            return self.rollouts.collect(self.rollouts.submit(prompt_ids, group, sampling))
+            completed = self.rollouts.collect(self.rollouts.submit(prompt_ids, group, sampling))
+        self._stop_if_asked()
+        return completed
+
+    def _stop_if_asked(self) -> None:
+        """Where gradients of a step are gathered already, it is finished first."""
+        if not self._on_the_way:
+            self.stop_request.check()
+
+    def _collect(self, ticket: Any) -> list[Rollout]:
+        """Wait for a round, with an eye on whether to stop: all processes give it up together, or none does."""
+        if self._on_the_way:
+            return self.rollouts.collect(ticket)
+        completed: list[Rollout] | None = None
+        while True:
+            if completed is None and self.rollouts.wait(ticket, LOOK_S):
+                completed = self.rollouts.collect(ticket)
+            stop, unfinished = any_rank(self.accelerator, self.stop_request.seen_here(), completed is None)
+            if stop:
+                self.rollouts.cancel(ticket)
+                raise self.stop_request.stopped()
+            if not unfinished and completed is not None:
+                return completed
 
     def _publish(self) -> None:
         """Give the policy server the weights of this step, where it does not have them yet."""
@@ -139,11 +204,21 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         num_generations: int,
         has_tool_images: bool = False,
     ) -> Any:
-        completed = self.complete(prompt_ids, num_generations)
+        completed = self.complete(prompt_ids, num_generations, self._seed_of_window(len(prompt_ids)))
         self._versions = [each.policy_version for each in completed]
         ids = [list(each.completion_ids) for each in completed]
         logprobs = [list(each.logprobs or ()) for each in completed] if self.use_vllm else None
         return self.stop.cut(ids, logprobs)
+
+    def _seed_of_window(self, share: int) -> int | None:
+        """The seed of this process's first completion of a window of which it makes `share`.
+
+        It depends on the window and the place in it, not on how many processes or servers there are.
+        """
+        if not self.seed_rollouts:
+            return None
+        window = self._step // self._batches_of_a_window
+        return seed_of(self.args.seed, window) + int(self.accelerator.process_index) * share
 
     def _generate_here(self, prompt_ids: list[list[int]], group: int) -> tuple[list[list[int]], Any]:
         """By TRL, with transformers or a vLLM engine inside of this process."""
@@ -230,94 +305,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _peak_memory() -> dict[str, float]:
-    """The most that this process has held of its GPU so far, in GiB; nothing on a CPU."""
-    if not torch.cuda.is_available():
-        return {}
-    return {"memory/peak_gib": torch.cuda.max_memory_reserved() / 2**30}
+def seed_of(*what: int) -> int:
+    """A seed from numbers, with room above it for a million million completions in vLLM's 64 bits.
 
-
-class Clock:
-    """Seconds by phase since the last reading. Phases may nest: the inner one's time is not counted in the outer."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._inner: list[float] = []
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - began
-            self._seconds[name] += elapsed - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += elapsed
-
-    def read(self, steps: int) -> dict[str, float]:
-        """Mean seconds by phase over the last `steps` steps, and start anew. "train" is all that no phase took."""
-        now = time.perf_counter()
-        total = now - self._since
-        seconds = {f"seconds/{name}": value / steps for name, value in self._seconds.items()}
-        seconds["seconds/train"] = (total - sum(self._seconds.values())) / steps
-        seconds["seconds/step"] = total / steps
-        self._seconds.clear()
-        self._since = now
-        return seconds
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """What happens inside is no part of any step, such as a measurement before the step is logged."""
-        began, before = time.perf_counter(), dict(self._seconds)
-        try:
-            yield
-        finally:
-            self._seconds = defaultdict(float, before)
-            self._since += time.perf_counter() - began
-
-    def restart(self) -> None:
-        """Forget what went before."""
-        self._seconds.clear()
-        self._since = time.perf_counter()
-
-
-class StepRecorder(TrainerCallback):  # type: ignore[misc]
-    """Hands each logged step to the recorder, with seconds by phase and seconds left."""
-
-    def __init__(self, recorder: Recorder, clock: Clock) -> None:
-        self.recorder = recorder
-        self.clock = clock
-        self._last_step = 0
-        self._recent: deque[float] = deque(maxlen=20)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
-    ) -> None:
-        self._last_step = state.global_step
-        self.clock.restart()
-        self.recorder.phase("training", 0, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        self.recorder.flush_rollouts(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **unused: Any,
-    ) -> None:
-        steps = state.global_step - self._last_step
-        if steps < 1 or logs is None or "train_runtime" in logs:
-            return  # the closing summary of transformers' Trainer, not a step
-        self._last_step = state.global_step
-        seconds = self.clock.read(steps) | _peak_memory()
-        self._recent.append(seconds["seconds/step"])
-        left = sum(self._recent) / len(self._recent) * (state.max_steps - state.global_step)
-        self.recorder.step(
-            {"step": state.global_step, "steps": state.max_steps, **logs, **seconds, "seconds_left": round(left, 1)}
-        )
+    >>> seed_of(0, 1) != seed_of(1, 0), seed_of(2, 3) < 2**62
+    (True, True)
+    """
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest()) >> 2
