@@ -35,6 +35,7 @@ SERVER_BASES = ("rounded", "unrounded", "vllm_4bit")
 UNSERVED_MODULES = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out")  # with an adapter
 TAGGED_TASKS = ("arithmetic", "gsm8k")  # where neither recipe nor template says how an answer is given
 TINY_MODEL = "r1zero/tiny-arithmetic"
+BASE = "base"  # the one key that is about the file and not about the run
 
 # Keys of TRL that would be read by nobody here: a run that ignored them would not be the run that was asked for.
 WITHOUT_EFFECT = {
@@ -54,6 +55,7 @@ ALIASES = {
     "batch_size": "per_device_train_batch_size",
     "model": "model_name_or_path",
     "dataset": "dataset_name",
+    "base": "a line base: OTHER.yaml in the recipe; it cannot be overridden",
     "config": "the recipe itself, first and without a key: launch/run.py RECIPE",
     "dry_run": "--dry-run, with a hyphen",
     "dryrun": "--dry-run",
@@ -180,16 +182,18 @@ class OwnKeys:
     eval_samples: int = _key(1, "completions sampled for each held-out problem")
     eval_temperature: float = _key(1.0, "sampling temperature when measuring; 0 is greedy")
     accelerate_config: str | None = _key(
-        None, "a name in accelerate_configs/ or a file; empty: cpu, single_gpu or ddp, as the trainer's GPUs say"
+        None, "a name in accelerate_configs/ or a file; empty: cpu, single_gpu or ddp, as the number of processes says"
     )
     server_gpus: int | None = _key(
         None,
         "GPUs for the policy servers, vllm_tensor_parallel_size of them for each server; 0: it shares the trainer's; "
-        "empty: 1, or 0 where there is only one GPU",
+        "empty: one server, or 0 where there is only one GPU; on several nodes a whole node",
     )
-    trainer_gpus: int | None = _key(None, "GPUs for the trainer, one process each; empty: all that the server leaves")
+    trainer_gpus: int | None = _key(
+        None, "GPUs for the trainer on all nodes, one process each; empty: all that the server leaves; 0: the CPU"
+    )
     cpu_processes: int = _key(
-        1, "trainer processes on each node that has no GPU; more than one needs accelerate_config ddp, zero2 or zero3"
+        1, "trainer processes on each node that has no GPU; several run under accelerate_config ddp, zero2 or zero3"
     )
     server_ready_timeout: float = _key(600.0, "give up when the policy server has not made a token by then; seconds")
     server_silence_timeout: float = _key(
@@ -431,14 +435,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, lay the overrides over it, check every key and every combination.
 
     Args:
-        path: a YAML file of flat ``key: value`` pairs.
+        path: a YAML file of flat ``key: value`` pairs; with ``base: OTHER.yaml`` it is laid over that one.
         overrides: command-line words, ``--key value`` or ``--key=value``; a bare ``--flag`` means true.
 
     Raises:
         RecipeError: with every fault found.
     """
     path = Path(path)
-    given = _read_yaml(path)
+    given = _with_base(path)
     texts = _split_overrides(overrides, str(path))
     method = " ".join(texts["method"]) if "method" in texts else given.get("method", "grpo")
     if method not in METHODS:
@@ -478,6 +482,32 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if faults:
         raise RecipeError(str(path), faults)
     return recipe
+
+
+def _with_base(path: Path, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe, laid over those of its ``base``: a path relative to the recipe's own folder.
+
+    A family of recipes so shares its facts. What is loaded, and written into the run folder, is flat.
+
+    Args:
+        path: of the recipe.
+        derived: the recipes that are laid over this one, the last first.
+    """
+    given = _read_yaml(path)
+    if BASE not in given:
+        return given
+    base, chain = given.pop(BASE), (path, *derived)
+    if not isinstance(base, str) or not base:
+        fault = Fault(BASE, base, "is not the path of a recipe", "write base: ../family/base.yaml, or leave it out")
+        raise RecipeError(str(path), [fault])
+    file = path.parent / base
+    if not file.is_file():
+        why = f"no such file, seen from {path.parent}"
+        raise RecipeError(str(path), [Fault(BASE, base, why, "mend the path, which is relative to this recipe")])
+    if file.resolve() in {each.resolve() for each in chain}:
+        circle = " -> ".join(map(str, (*reversed(chain), file)))
+        raise RecipeError(str(path), [Fault(BASE, base, f"leads in a circle: {circle}", "leave one of them out")])
+    return {**_with_base(file, chain), **given}
 
 
 def _name_of(path: Path) -> str:
@@ -636,9 +666,6 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
             yield Fault(
                 key, True, "quantized weights cannot be trained themselves", "add use_peft: true for an adapter"
             )
-        if recipe[key] and own.accelerate_config is not None and "zero3" in Path(own.accelerate_config).stem:
-            why = "ZeRO-3 shards weights, bitsandbytes' quantized ones cannot be sharded"
-            yield Fault(key, True, f"{why} (accelerate_config {own.accelerate_config})", "use zero2 or ddp, or drop it")
     if own.method == "grpo":
         yield from _impossible_grpo(recipe)
 
