@@ -1,7 +1,7 @@
 """What goes wrong between the trainer and a real policy server: each fault ends in time with its name, or is mended.
 
-The first half has the trainer's side of the servers (`PolicyServer`) here, and a proxy that spoils answers. In the
-second the whole run is started by its one command, and processes of the server are killed or stopped in each phase.
+Here is the trainer's side of the servers (`PolicyServer`), and a proxy that spoils answers; whole runs are in
+test_real_accidents.py.
 """
 
 import resource
@@ -27,12 +27,11 @@ from r1zero.policy_client import (
     PolicyServerUpdating,
     Rollout,
 )
-from r1zero.run_folder import read_json
 from r1zero.serving import POLICY_ROUTE
 from r1zero.training.generation import PolicyServer, ServerSettings
 from r1zero.training.policy_sync import PublishError
 from tests.serving.conftest import Server
-from tests.serving.launched import LORA, PROJECTIONS, Launched, launch
+from tests.serving.launched import PROJECTIONS
 from tests.stand_ins import faulty_proxy
 from tests.stand_ins.faulty_proxy import FAULTS, Proxy
 from tests.training.conftest import one_process
@@ -286,71 +285,3 @@ def test_a_disk_that_fills_up_while_the_policy_is_written(
         else:
             with pytest.raises(PolicyServerUpdating):
                 mine.generate(joined)
-
-
-# Through the one command.
-
-RESTARTING = {
-    **{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_restarts": 1},
-    **{"server_silence_timeout": 12, "generation_timeout": 40, "publish_timeout": 25},
-}
-MEASURED = {"eval_count": 4, "eval_strategy": "steps", "eval_steps": 2}  # a step is recorded after it was measured
-PHASES = ("generating", "training", "publishing", "measuring")
-# Of what notices: the watch (a silence, or an update that does not end), or the trainer's own deadlines.
-DETECTED_S = {"SIGKILL": 15.0, "SIGSTOP": 60.0}
-
-
-def strike(place: Path, model: Path, who: str, name: str, phase: str, route: str = "adapter", **keys: Any) -> Launched:
-    given = {**(LORA if route == "adapter" else {}), **RESTARTING, **(MEASURED if phase == "measuring" else {}), **keys}
-    return launch(place, model, given, f"{who} {name} {phase}")
-
-
-def assert_recovered(run: Launched, name: str) -> None:
-    assert run.code == 0, run.err
-    (restart,) = run.lines("restart")
-    print(f"noticed and ended after {restart['time'] - run.struck:.1f} s: {restart['cause']}")
-    assert restart["time"] - run.struck < DETECTED_S[name] + 30
-    # A batch that is scored a second time is of the same step; what is recorded last is what was learnt from.
-    steps = {step["step"]: step for step in run.lines("step")}
-    assert sorted(steps) == [1, 2, 3]
-    assert max(step["probe/difference"] for step in steps.values() if "probe/difference" in step) < 1e-3
-    run.assert_rollouts_are_of_their_step(3)
-    run.assert_nothing_is_left()
-
-
-def test_a_killed_engine_is_started_again_with_its_trainer(tmp_path: Path, model_folder: Path) -> None:
-    run = strike(tmp_path, model_folder, "engine", "SIGKILL", "generating")
-    assert_recovered(run, "SIGKILL")
-    (restart,) = run.lines("restart")
-    assert restart["step"] == 1 and restart["checkpoint"].endswith("checkpoint-1")
-    assert "server" in restart["cause"]
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
-@pytest.mark.parametrize("who", ["engine", "api"])
-def test_a_server_that_dies_or_hangs_in_each_phase(
-    who: str, name: str, phase: str, tmp_path: Path, model_folder: Path
-) -> None:
-    assert_recovered(strike(tmp_path, model_folder, who, name, phase), name)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
-def test_a_server_that_dies_or_hangs_while_all_weights_are_published(
-    name: str, tmp_path: Path, model_folder: Path
-) -> None:
-    run = strike(tmp_path, model_folder, "engine", name, "publishing", "shared_memory", learning_rate=3e-4)
-    assert_recovered(run, name)
-
-
-@pytest.mark.soak
-def test_without_a_restart_left_the_last_line_names_the_cause(tmp_path: Path, model_folder: Path) -> None:
-    run = strike(tmp_path, model_folder, "engine", "SIGKILL", "training", max_restarts=0)
-    assert run.code == 1
-    assert run.last_line.startswith("error: the run failed: ")
-    assert "server" in run.last_line and "its log: " in run.last_line
-    assert run.ended - run.struck < DETECTED_S["SIGKILL"] + 30
-    assert (read_json(run.folder.summary) or {})["outcome"] == "failed"
-    run.assert_nothing_is_left()
