@@ -75,7 +75,7 @@ def test_without_a_pair_a_failure_is_the_end_and_needs_no_more_words() -> None:
     [
         "exited with code {}",
         "accelerate: the script returned non-zero exit status {}.",
-        "  exitcode  : {} (pid: 4711)",
+        "torch elastic: the first to fail was rank 3, exited with code {}",
     ],
 )
 def test_a_code_that_says_no_is_the_end_also_through_accelerate(code: int, error: str) -> None:
@@ -99,8 +99,14 @@ def test_the_last_step_is_the_last_recorded_also_after_a_restart(tmp_path: Path)
 
 def test_a_trainer_without_a_group_is_given_none() -> None:
     trainer = Process("trainer", ("accelerate", "grpo.py"), gpus=(0,), log="logs/trainer.log")
-    assert resuming(trainer, None, 5) == trainer
-    assert resuming(trainer, Path("c"), 5).argv == ("accelerate", "grpo.py", "--resume", "c")
+    assert resuming([trainer], None, (5, 6)) == (trainer,)
+    assert resuming([trainer], Path("c"), (5, 6))[0].argv == ("accelerate", "grpo.py", "--resume", "c")
+
+
+def test_all_trainers_of_an_attempt_meet_at_the_same_new_port() -> None:
+    pair = [Process(f"trainer-{n}", ("a", "--main_process_port", "1", "--machine_rank", str(n))) for n in range(2)]
+    ports = [each.argv[2] for each in resuming(pair, Path("c"), (5, 6))]
+    assert ports == ["6", "6"]
 
 
 def test_memory_is_waited_for_until_it_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,15 +120,15 @@ def test_memory_is_waited_for_until_it_is_released(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(restarts, "RELEASE_LOOK_S", 0.01)
     ticks: list[int] = []
-    assert wait_until_released("0,1", (4100,), lambda: ticks.append(1))
+    assert wait_until_released(lambda: memory_used("0,1"), (4100,), lambda: ticks.append(1))
     assert len(ticks) == 2
     assert (tmp_path / "nvidia-smi.argv").read_text().startswith("-i 0,1 --query-gpu=memory.used")
     (tmp_path / "nvidia-smi.n").write_text("90000")
     monkeypatch.setattr(restarts, "RELEASE_DEADLINE_S", 0.0)
-    assert not wait_until_released("0", (4100,), lambda: None)
+    assert not wait_until_released(lambda: memory_used("0"), (4100,), lambda: None)
 
 
 def test_without_nvidia_smi_nothing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert memory_used("0") == ()
-    assert wait_until_released("0", (), lambda: None)
+    assert wait_until_released(lambda: memory_used("0"), (), lambda: None)

@@ -78,8 +78,9 @@ class Launch:
     ) -> None:
         self.folder, self.run_folder = folder, RunFolder(folder / "run")
         self.mark = uuid.uuid4().hex
-        self._output = folder / "output.txt"
-        command = [sys.executable, str(script), "recipe.yaml", "--output_dir", str(self.run_folder.path), *arguments]
+        self._output = folder / f"output-{self.mark}.txt"
+        what = ("recipe.yaml", "--output_dir", str(self.run_folder.path))
+        command = [sys.executable, str(script), *(() if "--resume" in arguments else what), *arguments]
         self._output.touch()
         self.keyboard, screen = pty.openpty() if terminal else (-1, -1)
         with self._output.open("wb") as output:
@@ -257,7 +258,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = "from r1zero import tiny; print(tiny.ensure(tiny.Pretraining(steps=8)))"
     env = {**os.environ, **QUIET, "R1ZERO_CACHE": str(cache)}
     made = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return Path(made.stdout.strip())
+    return Path(made.stdout.splitlines()[-1])  # what is imported may say something, too
 
 
 @pytest.fixture
@@ -285,12 +286,13 @@ def start_with_server(tmp_path: Path, launches: list[Launch]) -> Start:
         restarts: int = 0,
         **more_env: str,
     ) -> Launch:
-        (tmp_path / "model").mkdir()
+        (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tmp_path / "model", use_vllm="true"))
-        (tmp_path / "project" / "launch").mkdir(parents=True)
+        (tmp_path / "project" / "launch").mkdir(parents=True, exist_ok=True)
         shutil.copy(STAND_INS / "trainer.py", tmp_path / "project" / "launch" / "grpo.py")
-        (tmp_path / "project" / "accelerate_configs").symlink_to(PROJECT / "accelerate_configs")
+        if not (tmp_path / "project" / "accelerate_configs").exists():
+            (tmp_path / "project" / "accelerate_configs").symlink_to(PROJECT / "accelerate_configs")
         env = {
             "R1ZERO_STAND_IN_PROJECT": str(tmp_path / "project"),
             "R1ZERO_STAND_IN_SERVER": server,
@@ -298,7 +300,7 @@ def start_with_server(tmp_path: Path, launches: list[Launch]) -> Start:
             "CUDA_VISIBLE_DEVICES": "0,1",
             **more_env,
         }
-        ours = ("--vllm_mode", "server", "--max_restarts", str(restarts))
+        ours = () if "--resume" in arguments else ("--vllm_mode", "server", "--max_restarts", str(restarts))
         launches.append(Launch(STAND_INS / "launch_with_server.py", tmp_path, (*ours, *arguments), env, terminal))
         return launches[-1]
 
@@ -314,9 +316,9 @@ def assert_interrupted(launch: Launch, signum: signal.Signals) -> None:
     assert "Traceback" not in launch.output
 
 
-def assert_failed(launch: Launch, within_s: float, *reason: str) -> None:
-    """It ended with exit code 1, and these words are in its very last line."""
-    assert launch.end(within_s) == 1
+def assert_failed(launch: Launch, within_s: float, *reason: str, code: int = 1) -> None:
+    """It ended with this exit code, and these words are in its very last line."""
+    assert launch.end(within_s) == code
     last = launch.output.splitlines()[-1]
     assert last == f"error: the run failed: {launch.summary['reason']}"
     for words in reason:
@@ -403,6 +405,23 @@ def test_kill_9_of_the_trainer(start: Start) -> None:
     launch.find("grpo.py", but="accelerate.commands.launch").kill()
     assert_failed(launch, STOP_S, "trainer: exited with code 1", "SIGKILL", "logs/trainer.log")
     assert "/1000  reward" in "\n".join(launch.last_lines)
+
+
+def test_a_rank_that_fails_stops_all_with_its_own_error_first(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("R1ZERO_NOTES", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    reward = ("--reward_funcs", "tests.stand_ins.failing_reward:reward")
+    launch = start("--accelerate_config", "ddp", "--cpu_processes", "2", *reward)
+    launch.until((tmp_path / "failed-at").exists)
+    assert_failed(launch, 60, "trainer: exited with code 1: ValueError: the reward of rank 1 is broken, its log: ")
+    took = time.time() - float((tmp_path / "failed-at").read_text())
+    print(f"{took:.1f} s from the error to the launcher's end")
+    assert took < 60
+    shown = launch.output.partition(" lines of ")[2].splitlines()
+    assert "torch elastic: the first to fail was rank 1, exited with code 1" in shown[-3]
+    assert "[rank1]: ValueError: the reward of rank 1 is broken" in shown[-4]
 
 
 def test_kill_9_of_the_launcher_with_a_real_trainer(start: Start) -> None:
@@ -609,11 +628,17 @@ def test_restarts_are_used_up(start_with_server: Start) -> None:
     assert [each["checkpoint"] for each in launch.restarts] == ["checkpoints/checkpoint-2", "checkpoints/checkpoint-4"]
 
 
-@pytest.mark.parametrize(("trainer", "code"), [("misconfigured", 2), ("refuses", 3)])
-def test_a_trainer_that_must_not_go_on_is_not_started_again(start_with_server: Start, trainer: str, code: int) -> None:
-    launch = start_with_server(trainer=trainer, restarts=3)
+@pytest.mark.parametrize(
+    ("trainer", "code", "real"), [("misconfigured", 2, ""), ("refuses", 3, ""), ("refuses", 3, "1")]
+)
+def test_a_trainer_that_must_not_go_on_is_not_started_again(
+    start_with_server: Start, trainer: str, code: int, real: str
+) -> None:
+    """Its exit code is the launcher's, also through accelerate."""
+    env = {"R1ZERO_REAL_ACCELERATE": real} if real else {}
+    launch = start_with_server(trainer=trainer, restarts=3, **env)
     launch.until(lambda: launch.steps >= 2)
-    assert_failed(launch, STOP_S, f"trainer: exited with code {code}, its log: ")
+    assert_failed(launch, STOP_S, "trainer: exited with code", code=code)
     assert launch.restarts == []
 
 

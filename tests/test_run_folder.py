@@ -9,13 +9,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import numpy
 import pytest
-import safetensors.numpy as safetensors
-import torch
 
 from r1zero import run_folder
-from r1zero.run_folder import RunFolder, default_path, newest_checkpoint
+from r1zero.run_folder import RunFolder, default_path
 from tests.conftest import PROJECT
 
 
@@ -46,12 +43,12 @@ def test_what_cannot_be_made_is_said_by_the_system(tmp_path: Path) -> None:
 
 def test_every_path_lies_in_the_folder_under_a_name_of_its_own(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    names = ["recipe", "plan", "versions", "status", "metrics", "summary", "logs", "checkpoints", "model"]
+    names = ["recipe", "plan", "versions", "status", "metrics", "summary", "stop", "logs", "checkpoints", "model"]
     paths = [getattr(folder, name) for name in names] + [folder.rollouts(7), folder.rollouts(7, "test")]
     assert len(set(paths)) == len(paths)
     assert [str(path.relative_to(tmp_path)) for path in paths] == [
         *("recipe.yaml", "plan.txt", "versions.json", "status.json", "metrics.jsonl", "summary.json"),
-        *("logs", "checkpoints", "model", "rollouts/train-000007.parquet", "rollouts/test-000007.parquet"),
+        *("stop.json", "logs", "checkpoints", "model", "rollouts/train-000007.parquet", "rollouts/test-000007.parquet"),
     ]
 
 
@@ -117,59 +114,21 @@ def test_half_a_line_is_cut_off_and_whole_ones_stay(tmp_path: Path) -> None:
         assert path.read_text() == kept
 
 
-def save(folder: Path, step: int, *, sharded: bool = False, adapter: bool = False) -> Path:
-    """A checkpoint as transformers writes one, with as little in it as possible."""
-    path = folder / "checkpoints" / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    names = ["adapter_model.safetensors" if adapter else "model.safetensors"]
-    if sharded:
-        names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-        index = {"weight_map": {"a": names[0], "b": names[1]}}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name in names:
-        safetensors.save_file({"weight": numpy.zeros(100, numpy.float32)}, path / name)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"state": torch.zeros(100)}, path / name)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return path
-
-
-@pytest.mark.parametrize("kind", [{}, {"sharded": True}, {"adapter": True}])
-def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path, kind: dict[str, bool]) -> None:
-    assert newest_checkpoint(RunFolder(tmp_path)) is None
-    paths = [save(tmp_path, step, **kind) for step in (5, 100, 20)]
-    (tmp_path / "checkpoints" / "checkpoint-tmp").mkdir()
-    assert newest_checkpoint(RunFolder(tmp_path)) == paths[1]
-
-
-def test_deepspeed_keeps_its_optimizer_in_a_folder_that_latest_names(tmp_path: Path) -> None:
-    path = save(tmp_path, 5)
-    (path / "optimizer.pt").rename(path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    (path / "latest").write_text("global_step5")
-    assert newest_checkpoint(RunFolder(tmp_path)) is None
-    (path / "global_step5").mkdir()
-    shard = path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    shard.rename(path / "global_step5" / shard.name)
-    assert newest_checkpoint(RunFolder(tmp_path)) == path
-
-
-@pytest.mark.parametrize(
-    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
-)
-@pytest.mark.parametrize("harm", ["absent", "cut off", "empty"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path, name: str, harm: str) -> None:
-    older, newer = save(tmp_path, 5), save(tmp_path, 20)
-    content = (newer / name).read_bytes()
-    (newer / name).unlink()
-    if harm != "absent":
-        (newer / name).write_bytes(content[: len(content) * 2 // 3] if harm == "cut off" else b"")
-    assert newest_checkpoint(RunFolder(tmp_path)) == older
-
-
-def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
-    path = save(tmp_path, 5, sharded=True)
-    (path / "model-00002-of-00002.safetensors").unlink()
-    assert newest_checkpoint(RunFolder(tmp_path)) is None
+def test_what_was_recorded_of_steps_that_are_done_again_does_not_count(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [
+        *({"kind": "step", "step": step, "attempt": 1} for step in (1, 2, 3)),
+        {"kind": "evaluation", "step": 2, "attempt": 1},
+        {"kind": "evaluation", "step": 3, "attempt": 1},
+        {"kind": "alert", "step": 3, "attempt": 1},
+        {"kind": "restart", "step": 3},
+        {"kind": "resume", "step": 2},
+        {"kind": "step", "step": 3, "attempt": 2},
+    ]
+    for line in lines:
+        run_folder.append_json_line(folder.metrics, line)
+    assert list(folder.read_metrics()) == [*lines[:2], lines[3], *lines[6:]]
+    assert folder.read_metrics_after(0)[0] == lines
 
 
 def test_what_is_not_there_reads_as_none(tmp_path: Path) -> None:

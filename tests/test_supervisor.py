@@ -117,6 +117,9 @@ def test_a_failure_shows_the_last_lines_of_this_start_only(supervisor: Superviso
          "OSError: [Errno 98] Address already in use"),
         ("Traceback (most recent call last):\nOSError: disk full\nTraceback (most recent call last):\n  File y\n"
          "RuntimeError: Engine core initialization failed. See root cause above.", "OSError: disk full"),
+        ("Traceback (most recent call last):\n  File y\n"
+         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"),
         ("torch.OutOfMemoryError: CUDA out of memory.\nengine dead", "torch.OutOfMemoryError: CUDA out of memory."),
         ("error: recipe.yaml: 1 fault, nothing was started", "recipe.yaml: 1 fault, nothing was started"),
         ("step 1\nstep 2", ""),

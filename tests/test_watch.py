@@ -109,6 +109,19 @@ def _count(server: Server) -> None:
         server.answer = {**server.answer, "tokens": tokens}
 
 
+def test_a_token_that_never_arrives_is_no_proof_of_life() -> None:
+    """As behind a proxy that lets a byte through now and then: the engine makes our token, and its count rises."""
+    server = Server(tokens=100)
+
+    def made_in_vain(timeout_s: float) -> int:
+        server.answer = {**server.answer, "tokens": server.answer["tokens"] + 1}
+        return hang(timeout_s)
+
+    server.makes = made_in_vain
+    said = watched(server, 20)
+    assert said is not None and "no answer in time" in said
+
+
 def test_a_server_that_sleeps_is_asked_for_no_token() -> None:
     server = Server(sleeping=True)
     assert watched(server, 1.0) is None
@@ -130,6 +143,22 @@ def test_an_update_has_its_own_time_and_the_silence_begins_anew_after_it() -> No
     server.answer["updating"] = True
     said = watched(server, 20)
     assert said == "did not finish an update of its weights for 1.5 s: it says that the update is still under way"
+
+
+def test_a_server_that_answers_nothing_amid_an_update_is_named_before_the_update_is_late() -> None:
+    """As when its engine is killed: it stops listening, and waits for the update that will never end."""
+
+    class Deaf(Server):
+        def policy(self, url: str) -> dict[str, Any]:
+            if time.monotonic() - began > 0.3:
+                raise PolicyServerError(url, "GET /policy", "the connection failed")
+            return super().policy(url)
+
+    began = time.monotonic()
+    said = watched(Deaf(updating=True), 20)
+    assert said is not None and said.startswith("did not answer for 0.6 s, amid an update: ")
+    assert "GET /policy: the connection failed" in said
+    assert time.monotonic() - began < PUBLISH_S
 
 
 def test_one_server_that_hangs_is_named_among_others() -> None:

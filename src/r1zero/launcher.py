@@ -1,13 +1,15 @@
-"""The one command, top to bottom: recipe, plan, run folder, processes, end. ``launch/run.py`` only calls `main`."""
+"""The one command: a recipe and the hardware become a plan, a run folder is made, and `attempt` carries the plan out.
+
+``launch/run.py`` only calls `main`. Over several nodes it is started once on each (``srun``): the first one leads, the
+others only serve it (`nodes`).
+"""
 
 import argparse
-import os
-import secrets
-import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +20,16 @@ from r1zero.recipe import Recipe, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from r1zero.hardware import Hardware
     from r1zero.model_facts import ModelFacts
-    from r1zero.plan import Plan, Process
+    from r1zero.nodes import RemoteNode
+    from r1zero.plan import Plan
+    from r1zero.preemption import Notice
     from r1zero.preflight.findings import Finding
-    from r1zero.reporting.display import Display
-    from r1zero.restarts import Failure
-    from r1zero.run_folder import RunFolder
-    from r1zero.supervisor import Supervisor
+    from r1zero.slurm import Job
     from r1zero.tasks.selection import Selection
 
-PREPARATION_TIMEOUT_S = 900.0
-MEMORY_FOLDER = Path("/dev/shm")
-LEAST_MEMORY_BYTES = 2**30  # a container gets 64 MiB by default, which weights do not fit into
+HEAD_SAYS_IT_S = 10.0
 
 
 def main(project: Path) -> int:
@@ -39,60 +39,173 @@ def main(project: Path) -> int:
         project: the checkout that holds launch/, recipes/ and accelerate_configs/.
 
     Returns:
-        The exit code: 0 when the run finished, 1 when a process failed, 2 when the recipe cannot run (then nothing was
-        started or written), 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
+        The exit code: 0 when the run finished, or was put back into the queue; 1 when a process failed, 2 when the
+        recipe cannot run, 3 when going on would have been wrong; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP; 138
+        after SIGUSR1 where nothing will start it again by itself.
     """
-    arguments, overrides = _parser().parse_known_args()
+    arguments, overrides = _parser(_is_resuming(sys.argv[1:])).parse_known_args()
     # Imported after parsing, so that --help is instant. None of these imports torch.
     from rich.console import Console
 
-    from r1zero import hardware, model_facts, plan, run_folder
-    from r1zero.tasks.problem import DatasetError
+    from r1zero import preemption, slurm
 
     if project == Path.cwd():
         project = Path()  # so that the plan's lines are as short as a person would type them
     console = Console(highlight=False)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    job = None
     try:
-        recipe = recipes.load(arguments.recipe, overrides)
-        if recipe.own.method == "grpo":
-            recipe.reward_functions()  # what cannot be imported must not be found out after a server has started
-        here = hardware.assumed(arguments.hardware) if arguments.hardware else hardware.detect()
-        path = run_folder.default_path(recipe.own.runs_dir, recipe.name, recipe["output_dir"])
-        _refuse_overwriting(recipe, path)
-        facts = _model_facts(recipe, download=not arguments.dry_run)
-        planned = plan.make(recipe, here, path, project, facts)
-        if not arguments.hardware:
-            _check_packages(planned)
-        selection = _check_data(recipe, download=not arguments.dry_run)
-        findings = _check_golds(recipe, selection)
-    except (RecipeError, DatasetError, hardware.HardwareError, model_facts.ModelNotFound) as error:
+        with preemption.Notice() as notice:
+            job = slurm.job()
+            return _lead_or_serve(arguments, overrides, project, job, notice, console, errors)
+    except slurm.SlurmError as error:
         errors.print(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         errors.print("error: SIGINT received before anything was started")
         return 130
-    if arguments.dry_run:
-        console.print(planned.render(), end="", markup=False, soft_wrap=True)
-        _print_notes(selection, findings, console)
-        data = _counts(selection)
-        console.print(f"Checked: recipe, plan, {data}. Dry run: nothing was started or written.", soft_wrap=True)
+    except preemption.Preempted as error:
+        return _stopped_before_anything(job, str(error), errors)
+
+
+def _lead_or_serve(
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    project: Path,
+    job: "Job | None",
+    notice: "Notice",
+    console: "Console",
+    errors: "Console",
+) -> int:
+    """The command line on this node, to its end. What it does not catch, `main` does."""
+    from r1zero import agent, hardware, model_facts, plan, resumption, run_folder
+    from r1zero.attempt import Place, carry_out
+    from r1zero.tasks.problem import DatasetError
+
+    leads = job is None or job.node == 0
+    looks_only = arguments.dry_run or arguments.check or arguments.hardware
+    if not leads and looks_only:
         return 0
-    if arguments.hardware:
-        errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
-        return 2
-    _print_notes(selection, findings, console)
-    if arguments.check:
-        return _preflight_only(recipe, console)
-    with _signals_held():
+    with ExitStack() as stack:
         try:
-            folder = run_folder.RunFolder(path).create()
-        except OSError as error:
-            errors.print(f"error: {path} cannot be made: {error.strerror}; name another place with --runs_dir FOLDER")
+            if arguments.resume:
+                recipe = resumption.recipe(arguments.resume, overrides)
+            else:
+                recipe = recipes.load(arguments.recipe, overrides)
+            if job is not None and not leads:
+                return agent.serve(_meeting_file(recipe, job), job.node, job.nodes, errors.print)
+            again = resumption.folder(recipe, arguments.resume, job)
+            if again is not None and not arguments.resume:
+                recipe = resumption.recipe(again, [])
+            if recipe.own.method == "grpo":
+                recipe.reward_functions()  # what cannot be imported must not be found out after a server has started
+            path = again or _new_path(recipe, job)
+            if again is None:
+                _refuse_overwriting(recipe, path)
+            here, others = _hardware(arguments, recipe, job, notice, stack)
+            facts = _model_facts(recipe, download=not arguments.dry_run)
+            planned = plan.make(recipe, here, path, project, facts)
+            if not arguments.hardware:
+                _check_packages(planned)
+            selection = _check_data(recipe, download=not arguments.dry_run)
+            findings = _check_golds(recipe, selection)
+        except (RecipeError, DatasetError, hardware.HardwareError, model_facts.ModelNotFound) as error:
+            return _cannot_run(str(error), leads, errors)
+        except agent.MeetingFailed as error:
+            errors.print(f"error: {error}")
+            return 1
+        if arguments.dry_run:
+            console.print(planned.render(), end="", markup=False, soft_wrap=True)
+            _print_notes(selection, findings, console)
+            data = _counts(selection)
+            console.print(f"Checked: recipe, plan, {data}. Dry run: nothing was started or written.", soft_wrap=True)
+            return 0
+        if arguments.hardware:
+            errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
             return 2
-        if folder.path != path:
-            planned = plan.make(recipe, here, folder.path, project, facts)
-        return _carry_out(planned, folder, project, console, errors)
+        _print_notes(selection, findings, console)
+        if arguments.check:
+            return _preflight_only(recipe, console)
+        notice.interrupts = False  # from here on there is a folder that says how the run ends
+        with _signals_held():
+            try:
+                folder = run_folder.RunFolder(path) if again else run_folder.RunFolder(path).create()
+            except OSError as error:
+                why = f"{path} cannot be made: {error.strerror}"
+                errors.print(f"error: {why}; name another place with --runs_dir FOLDER")
+                return 2
+            if folder.path != path:
+                planned = plan.make(recipe, here, folder.path, project, facts)
+            return carry_out(planned, Place(folder, project, others, job, notice, console, errors))
+
+
+def _hardware(
+    arguments: argparse.Namespace, recipe: Recipe, job: "Job | None", notice: "Notice", stack: ExitStack
+) -> "tuple[Hardware, tuple[RemoteNode, ...]]":
+    """What the plan is made for, and the nodes other than this one, which stay until `stack` is left.
+
+    Raises:
+        HardwareError: when it cannot be read.
+        MeetingFailed: when a node is missing.
+        SlurmError: when this was started once, and the job has several nodes.
+    """
+    from r1zero import hardware, nodes, slurm
+
+    if arguments.hardware:
+        return hardware.assumed(arguments.hardware), ()
+    if job is None or job.nodes == 1:
+        return hardware.detect(), ()
+    if arguments.dry_run or arguments.check:  # the nodes of a job are alike, as far as one of them can tell
+        here = hardware.this_node()
+        alike = (replace(here, host=host, address=host) for host in slurm.hosts())
+        return hardware.of_nodes(tuple(alike)), ()
+    if job.step is None:
+        raise slurm.SlurmError(f"the job has {job.nodes} nodes, and this was started on one: {slurm.srun(job.nodes)}")
+    meeting = nodes.gathered(_meeting_file(recipe, job), hardware.this_node(), job.nodes, notice.check)
+    first, others = stack.enter_context(meeting)
+    return hardware.of_nodes((first, *(each.node for each in others))), others
+
+
+def _meeting_file(recipe: Recipe, job: "Job") -> Path:
+    """Where the nodes find each other; of this start of the job alone."""
+    return Path(recipe.own.runs_dir).absolute() / f".meeting-{job.name}-{job.restarts}.json"
+
+
+def _new_path(recipe: Recipe, job: "Job | None") -> Path:
+    """Where a fresh run goes. Under Slurm the name says the job's number, by which a requeued job finds it again."""
+    from r1zero import run_folder
+
+    if job is not None and not recipe["output_dir"]:
+        return Path(recipe.own.runs_dir) / f"{recipe.name}-{job.name}"
+    return run_folder.default_path(recipe.own.runs_dir, recipe.name, recipe["output_dir"])
+
+
+def _cannot_run(why: str, leads: bool, errors: "Console") -> int:
+    """Say it once: by the node that leads, unless it is another one alone that cannot read the recipe."""
+    import time
+
+    if not leads:
+        time.sleep(HEAD_SAYS_IT_S)
+    errors.print(f"error: {why}")
+    return 2
+
+
+def _stopped_before_anything(job: "Job | None", why: str, errors: "Console") -> int:
+    """SIGUSR1 came before there was a run folder: nothing is lost, and the job goes back into the queue."""
+    from r1zero import preemption
+
+    if job is None or job.node:
+        errors.print(f"stopped: {why} before anything was started")
+        return preemption.STOPPED
+    most = recipes.own_keys()["max_requeues"].default
+    if job.restarts >= most:
+        errors.print(f"error: {why} before anything was started, after {job.restarts} requeues: it is given up")
+        return 1
+    if not_done := preemption.requeue(job, None):
+        errors.print(f"stopped: {why} before anything was started; scontrol requeue failed: {not_done}")
+        return preemption.STOPPED
+    errors.print(f"stopped: {why} before anything was started; job {job.id} is in the queue again")
+    return 0
 
 
 @contextmanager
@@ -107,248 +220,26 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _carry_out(planned: "Plan", folder: "RunFolder", project: Path, console: "Console", errors: "Console") -> int:
-    """Start what the plan says, watch it to its end, stop everything; say how it ended."""
-    from r1zero import run_folder
-    from r1zero.reporting.display import Display
-    from r1zero.restarts import RunFailed
-    from r1zero.supervisor import SIGNALS, Interrupted, ProcessFailed, Supervisor
-
-    began = time.monotonic()
-    try:
-        with Supervisor(folder.path) as supervisor:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            run_folder.write_yaml(folder.recipe, planned.recipe.resolved())
-            run_folder.write_text(folder.plan, planned.render())
-            gpus = tuple(gpu.name for gpu in planned.hardware.nodes[0].gpus)
-            run_folder.write_json(folder.versions, run_folder.versions(project, gpus))
-            console.print(planned.render(), markup=False, soft_wrap=True)
-            with Display(console, folder) as display:
-                _run_processes(planned, folder, supervisor, display)
-    except RunFailed as error:
-        errors.print(error.error.log_end)
-        return _ended_badly(folder, "failed", str(error), 1, errors, error.failures)
-    except ProcessFailed as error:
-        errors.print(error.log_end)
-        return _ended_badly(folder, "failed", str(error), 1, errors)
-    except Interrupted as error:
-        return _ended_badly(folder, "interrupted", str(error), 128 + error.signum, errors)
-    except BaseException as error:  # a full disk, or a bug of ours: the folder still says how the run ended
-        _ended_badly(folder, "failed", f"the launcher: {type(error).__name__}: {error}", 1, errors)
-        raise
-    _ended_well(folder, time.monotonic() - began, console)
-    return 0
+def _is_resuming(words: list[str]) -> bool:
+    """Whether a run folder is named instead of a recipe."""
+    return any(word == "--resume" or word.startswith("--resume=") for word in words)
 
 
-def _run_processes(planned: "Plan", folder: "RunFolder", supervisor: "Supervisor", display: "Display") -> None:
-    """Preparations to their end; then policy servers and trainer, again after a failure, to the trainer's end."""
-    from r1zero import hardware, restarts, run_folder
-    from r1zero.supervisor import ProcessFailed, visible_gpus
-
-    for process in planned.preparations:
-        _run_to_its_end(process, planned, supervisor, display)
-    shared = _shared_secrets(planned, supervisor)
-    pair = (*planned.servers, planned.trainer)
-    gpus = visible_gpus(
-        tuple(sorted({gpu for each in pair for gpu in each.gpus})), os.environ.get("CUDA_VISIBLE_DEVICES")
-    )
-    memory = restarts.memory_used(gpus) if gpus else ()
-    counted = restarts.Restarts(planned.recipe.own.max_restarts if planned.servers else 0)
-    rehearsal, trainer = planned.rehearsal, planned.trainer
-    while True:
-        try:
-            _start_servers(planned, shared, supervisor, display)
-            if rehearsal:
-                _run_to_its_end(rehearsal, planned, supervisor, display, shared)
-            _train(trainer, planned, shared, supervisor, display)
-        except ProcessFailed as error:
-            failure = counted.after(error, restarts.last_step(folder))
-            supervisor.end([each.name for each in pair])
-            checkpoint = run_folder.newest_checkpoint(folder)
-            _record_restart(folder, failure, len(counted.failures), counted.most, checkpoint)
-            display.finish()
-            if not restarts.wait_until_released(gpus, memory, supervisor.check):
-                display.say("GPU memory of the processes that ended is still in use; going on all the same")
-            trainer = restarts.resuming(planned.trainer, checkpoint, hardware.free_ports(1)[0])
-            rehearsal = None  # it has told what it had to tell
-        else:
-            display.finish()
-            return
-
-
-def _shared_secrets(planned: "Plan", supervisor: "Supervisor") -> dict[str, str]:
-    """What servers, rehearsal and trainer know of each other, for their environment alone: no file and no argv has it.
-
-    The token and the folder are made here for servers of ours; for one that runs already, whoever started it puts its
-    own into the launcher's environment, from where no other process inherits them.
-    """
-    from r1zero.serving import PUBLISH_FOLDER, TOKEN
-
-    given = {name: os.environ.pop(name) for name in (TOKEN, PUBLISH_FOLDER) if name in os.environ}
-    if not planned.servers:
-        return given if planned.server_urls else {}
-    roomy = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free >= LEAST_MEMORY_BYTES
-    places = (MEMORY_FOLDER, planned.run_folder) if roomy else (planned.run_folder,)
-    return {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(supervisor.temporary_folder(places))}
-
-
-def _start_servers(planned: "Plan", shared: dict[str, str], supervisor: "Supervisor", display: "Display") -> None:
-    """Start the policy servers and return once each has generated a token; at once where there are none."""
-    from r1zero.policy_server import ServerNotReady, wait_until_ready
-    from r1zero.reporting.progress import duration
-    from r1zero.serving import TOKEN
-
-    began = time.monotonic()
-    for server in planned.servers:
-        display.say(f"starting the policy {server.name}, log {planned.run_folder / server.log}")
-        supervisor.start(server, shared)
-    for server, url in zip(planned.servers, planned.server_urls if planned.servers else (), strict=True):
-        try:
-            wait_until_ready(
-                url,
-                token=shared[TOKEN],
-                deadline_s=planned.recipe.own.server_ready_timeout,
-                check=supervisor.check,
-                on_tick=lambda _: display.now(f"policy server is starting, {duration(time.monotonic() - began)}"),
-            )
-        except ServerNotReady as error:
-            raise supervisor.failed(server.name, str(error)) from error
-        display.say(f"policy {server.name} ready after {duration(time.monotonic() - began)}")
-
-
-def _train(
-    trainer: "Process", planned: "Plan", shared: dict[str, str], supervisor: "Supervisor", display: "Display"
-) -> None:
-    """Start the trainer and wait until it is done, with an eye on the policy servers."""
-    display.say(f"starting the trainer, log {planned.run_folder / trainer.log}")
-    supervisor.start(trainer, shared)
-    with _watched(planned, shared, supervisor) as check:
-
-        def tick() -> None:
-            check()
-            display.tick()
-
-        supervisor.wait(trainer.name, on_tick=tick)
-
-
-@contextmanager
-def _watched(planned: "Plan", shared: dict[str, str], supervisor: "Supervisor") -> "Iterator[Callable[[], None]]":
-    """What raises ProcessFailed when a policy server of ours has gone silent."""
-    if not planned.servers:
-        yield lambda: None
-        return
-    from r1zero.policy_client import PolicyClient
-    from r1zero.serving import TOKEN
-    from r1zero.watch import Silent, Watch
-
-    own = planned.recipe.own
-    urls = {server.name: url for server, url in zip(planned.servers, planned.server_urls, strict=True)}
-    client = PolicyClient(
-        planned.server_urls,
-        shared[TOKEN],
-        generation_timeout_s=own.server_silence_timeout,
-        control_timeout_s=own.server_silence_timeout / 3,
-    )
-    with client, Watch(urls, client, own.server_silence_timeout, own.publish_timeout) as watch:
-
-        def check() -> None:
-            try:
-                watch.check()
-            except Silent as error:
-                raise supervisor.failed(error.name, str(error)) from error
-
-        yield check
-
-
-def _record_restart(folder: "RunFolder", failure: "Failure", number: int, most: int, checkpoint: Path | None) -> None:
-    """Into metrics.jsonl, from where the display reads it, and status.json."""
-    from r1zero import run_folder
-
-    line = {
-        "kind": "restart",
-        "time": time.time(),
-        "restart": number,
-        "most": most,
-        "step": failure.step,
-        "cause": failure.cause,
-        "checkpoint": None if checkpoint is None else str(checkpoint.relative_to(folder.path)),
-    }
-    run_folder.drop_half_line(folder.metrics)
-    run_folder.append_json_line(folder.metrics, line)
-    status = {"phase": "restarting server and trainer", "done": 0, "total": 0, "seconds_left": None}
-    run_folder.write_json(folder.status, {**status, "restarts": number, "time": time.time()})
-
-
-def _run_to_its_end(
-    process: "Process",
-    planned: "Plan",
-    supervisor: "Supervisor",
-    display: "Display",
-    shared: dict[str, str] | None = None,
-) -> None:
-    """Run a preparation, and say what a check found."""
-    log = planned.run_folder / process.log
-    display.now(f"{process.name}: {log}")
-    supervisor.run(process, PREPARATION_TIMEOUT_S, on_tick=display.tick, more_env=shared)
-    if process.name != "model":
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            display.say(line)
-
-
-def _ended_well(folder: "RunFolder", seconds: float, console: "Console") -> None:
-    from r1zero.reporting.display import ending
-    from r1zero.reporting.progress import duration
-    from r1zero.run_folder import read_json, write_json
-
-    restarts = sum(line["kind"] == "restart" for line in folder.read_metrics())
-    summary = {**(read_json(folder.summary) or {}), "seconds_in_all": round(seconds, 1), "restarts": restarts}
-    write_json(folder.summary, summary)
-    console.print()
-    console.print(ending(summary))
-    console.print(f"finished after {duration(seconds)}; look next at")
-    for what, where in (
-        ("the final model", folder.model),
-        ("every completion", folder.path / "rollouts"),
-        ("every step's metrics", folder.metrics),
-        ("what ran", folder.recipe),
-    ):
-        if where.exists():
-            console.print(f"  {what:<22}{where}", markup=False, soft_wrap=True)
-
-
-def _ended_badly(
-    folder: "RunFolder",
-    outcome: str,
-    reason: str,
-    code: int,
-    errors: "Console",
-    failures: "tuple[Failure, ...]" = (),
-) -> int:
-    """Write the reason into the run folder, and say it in the very last line, which is where a log is looked at."""
-    from dataclasses import asdict
-
-    from r1zero.run_folder import write_json
-
-    ending = {"outcome": outcome, "reason": reason}
-    write_json(folder.summary, {**ending, "failures": [asdict(each) for each in failures]} if failures else ending)
-    if len(failures) > 1:
-        for number, failure in enumerate(failures, 1):
-            errors.print(f"attempt {number} came to step {failure.step}: {failure.cause}")
-    errors.print(f"run folder: {folder.path}")
-    errors.print(f"error: the run {'was interrupted' if outcome == 'interrupted' else 'failed'}: {reason}")
-    return code
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(resuming: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/run.py",
         description="Train with a recipe: plan it, start the policy server and the trainer, watch them, stop them.",
         epilog=_keys_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="launch/run.py RECIPE [--check | --dry-run [--hardware NxG[:GIB]]] [--key value ...]",
+        usage="launch/run.py {RECIPE | --resume RUN_FOLDER} [--check | --dry-run [--hardware NxG[:GIB]]] "
+        "[--key value ...]",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/tiny/arithmetic_grpo.yaml")
+    if not resuming:
+        parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/tiny/arithmetic_grpo.yaml")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN_FOLDER", help="go on with this run, from its newest complete checkpoint"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, touch nothing")
     parser.add_argument(
         "--check",

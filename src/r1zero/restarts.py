@@ -1,7 +1,8 @@
 """Whether a run goes on after server or trainer failed, and from where.
 
-A failure is taken for an accident, after which both are started again, but for four that another start would repeat:
+A failure is taken for an accident, after which both are started again, but for five that another start would repeat:
 
+- a node of the run is gone, and nothing can be started on it;
 - exit code 2 says that the recipe cannot run, exit code `REFUSED` that going on would be wrong;
 - before the first optimizer step was recorded nothing is lost, and what fails then is mostly the setup;
 - the same error at the same step as before;
@@ -11,13 +12,14 @@ A failure is taken for an accident, after which both are started again, but for 
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from r1zero.log_ends import RANK_ENDED
 from r1zero.plan import Process
 from r1zero.run_folder import RunFolder
-from r1zero.supervisor import ProcessFailed
+from r1zero.supervisor import NodeLost, ProcessFailed
 
 REFUSED = 3  # exit code of a trainer that stopped since going on would be wrong, such as with a server it cannot trust
 FINAL_CODES = (2, REFUSED)
@@ -90,7 +92,7 @@ class Restarts:
         self.failures.append(failure)
         count = f"{self.most} restart{'s' if self.most > 1 else ''} used up"
         for final, why in (
-            (_is_final(error), ""),
+            (is_final(error), ""),
             (self.most == 0, ""),
             (step == 0, "before the first step, so it is not tried again"),
             ((failure.identity, step) in earlier, f"the same error at step {step} as before"),
@@ -110,18 +112,27 @@ def last_step(folder: RunFolder) -> int:
     return step
 
 
-def resuming(trainer: Process, checkpoint: Path | None, group_port: int) -> Process:
-    """`trainer` as it goes on from `checkpoint`, on another port for the group that weights are sent through.
+def resuming(trainers: Sequence[Process], checkpoint: Path | None, free_ports: tuple[int, ...]) -> tuple[Process, ...]:
+    """`trainers` as they go on from `checkpoint`, with other ports for the group that weights are sent through and for
+    their own: a store of the groups that were may still hold the old ones.
 
-    >>> resuming(Process("trainer", ("t", "--vllm_group_port", "1")), Path("c"), 2).argv
+    >>> resuming([Process("trainer", ("t", "--vllm_group_port", "1"))], Path("c"), (2, 3))[0].argv
     ('t', '--vllm_group_port', '2', '--resume', 'c')
+
+    Args:
+        trainers: as the plan has them.
+        checkpoint: None: from the beginning.
+        free_ports: two, free on the node of the first trainer.
     """
-    argv = list(trainer.argv)
-    if "--vllm_group_port" in argv:  # a store of the group that was may still hold the old one
-        argv[argv.index("--vllm_group_port") + 1] = str(group_port)
-    if checkpoint is not None:
-        argv += ["--resume", str(checkpoint)]
-    return replace(trainer, argv=tuple(argv))
+    return tuple(replace(each, argv=_resuming(each.argv, checkpoint, free_ports)) for each in trainers)
+
+
+def _resuming(argv: tuple[str, ...], checkpoint: Path | None, free_ports: tuple[int, ...]) -> tuple[str, ...]:
+    words = list(argv)
+    for flag, port in zip(("--vllm_group_port", "--main_process_port"), free_ports, strict=True):
+        if flag in words:
+            words[words.index(flag) + 1] = str(port)
+    return (*words, *(() if checkpoint is None else ("--resume", str(checkpoint))))
 
 
 def memory_used(gpus: str) -> tuple[int, ...]:
@@ -134,19 +145,21 @@ def memory_used(gpus: str) -> tuple[int, ...]:
         return ()
 
 
-def wait_until_released(gpus: str, before: tuple[int, ...], on_tick: Callable[[], None]) -> bool:
+def wait_until_released(
+    used: Callable[[], tuple[int, ...]], before: tuple[int, ...], on_tick: Callable[[], None]
+) -> bool:
     """Wait until no GPU has more memory in use than `before`: a driver frees that of a killed process a little later.
 
     Args:
-        gpus: as `memory_used` takes them.
-        before: what `memory_used` said before the processes were started.
+        used: tells the MiB in use on each GPU.
+        before: what it said before the processes were started.
         on_tick: called at each look; may raise.
 
     Returns:
         Whether it came to that within `RELEASE_DEADLINE_S`.
     """
     deadline = time.monotonic() + RELEASE_DEADLINE_S
-    while any(now > then + RELEASED_WITHIN_MIB for now, then in zip(memory_used(gpus), before, strict=False)):
+    while any(now > then + RELEASED_WITHIN_MIB for now, then in zip(used(), before, strict=False)):
         if time.monotonic() > deadline:
             return False
         on_tick()
@@ -154,8 +167,18 @@ def wait_until_released(gpus: str, before: tuple[int, ...], on_tick: Callable[[]
     return True
 
 
-def _is_final(error: ProcessFailed) -> bool:
-    """Whether the process, or the script that accelerate ran for it, ended with one of `FINAL_CODES`."""
+def is_final(error: ProcessFailed) -> bool:
+    """Whether another start would only repeat it."""
+    return isinstance(error, NodeLost) or exit_code(error) in FINAL_CODES
+
+
+def exit_code(error: ProcessFailed) -> int:
+    """The launcher's exit code after `error`: that of the process, or of the script or rank that accelerate ran for it,
+    where it is one of `FINAL_CODES`; else 1."""
     said = "\n".join([error.reason, *error.last_lines])
-    patterns = (r"^exited with code {}\b", r"returned non-zero exit status {}\b", r"\bexitcode\s*: {}\b")
-    return any(re.search(pattern.format(code), said) for pattern in patterns for code in FINAL_CODES)
+    patterns = (
+        r"^exited with code {}\b",
+        r"returned non-zero exit status {}\b",
+        RANK_ENDED + r"\d+, exited with code {}\b",
+    )
+    return next((code for code in FINAL_CODES for each in patterns if re.search(each.format(code), said)), 1)

@@ -7,7 +7,6 @@ a small process (this file, run as a script) that waits on a pipe from the launc
 """
 
 import os
-import re
 import secrets
 import select
 import shutil
@@ -21,9 +20,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
+
+from r1zero import log_ends
+from r1zero.slurm import without_mpi
 
 if TYPE_CHECKING:  # the warden runs this file alone, and must be up at once
     from r1zero.plan import Process
@@ -32,20 +34,12 @@ RUN_ID = "R1ZERO_RUN_ID"
 POLL_S = 0.1
 LAST_LINES = 30
 SETTLE_S = 1.0  # how long after a first death another one still counts as part of the same failure
+PEERS_S = 15.0  # and so long the other trainers', where one of several has died
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 UNKILLABLE_S = 10.0  # a process that outlives SIGKILL by this is stuck in the kernel, and waiting on is no use
 WARDEN_GRACE_S = 4.0
 WARDEN_LOOK_S = 2.0
 FOLDER_PREFIX = "r1zero-"
-TRACEBACK = "Traceback (most recent call last):"
-ERROR = re.compile(r"(\([^)]*\) )?(?P<error>error|[A-Za-z_][\w.]*(Error|Exception)): ")
-SAYS_LITTLE = (
-    "See root cause above",
-    "See stack trace (above)",
-    "ChildFailedError",
-)  # vLLM's and torch elastic's last words: the cause is above
-ERROR_CHARACTERS = 400
-SCRIPT_ENDED = "accelerate: the script "
 
 
 class ProcessFailed(Exception):
@@ -88,17 +82,24 @@ class ProcessFailed(Exception):
         return "\n".join([heading, *(f"  {line}" for line in self.last_lines)])
 
 
+class NodeLost(ProcessFailed):
+    """A node of the run does not answer any more: nothing can be started on it again."""
+
+
 class Interrupted(Exception):
     """SIGINT, SIGTERM or SIGHUP (a lost ssh) arrived.
 
     Attributes:
         signum: the signal's number, so that the exit code can be 128 + signum.
         name: "SIGINT", "SIGTERM" or "SIGHUP".
+
+    Args:
+        where: the node that it arrived at; empty for this one.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, where: str = "") -> None:
         self.signum, self.name = signum, signal.Signals(signum).name
-        super().__init__(f"{self.name} received")
+        super().__init__(f"{self.name} received{f' on {where}' if where else ''}")
 
 
 @dataclass(frozen=True)
@@ -205,30 +206,94 @@ def _shared_memory(pid: int) -> set[str]:
     return set()
 
 
-@dataclass
-class _Started:
-    """A process that was started, and what is needed to watch and end it."""
+class Started:
+    """A process that was started, here or on another node, and what is needed to watch and end it.
 
-    process: "Process"
-    popen: "subprocess.Popen[bytes]"
-    tree: _Tree
-    log: Path
-    log_start: int
-    must_stay: bool
+    Attributes:
+        process: what was started.
+        log: the file that holds its output.
+        must_stay: its end is a failure even with exit code 0.
+    """
+
+    def __init__(self, process: "Process", log: Path, must_stay: bool) -> None:
+        self.process, self.log, self.must_stay = process, log, must_stay
+
+    def code(self) -> int | None:
+        """Its exit code, negative after a signal; None while it lives."""
+        raise NotImplementedError
+
+    def wait(self, seconds: float) -> None:
+        """Return when it has ended, after `seconds` at the latest."""
+        raise NotImplementedError
+
+    def end(self, grace_s: float, hurry: Callable[[], bool]) -> None:
+        """SIGTERM to it and all that it left, SIGKILL to the rest after `grace_s` or once `hurry()`."""
+        raise NotImplementedError
+
+    def log_end(self) -> log_ends.LogEnd:
+        """The end of its log."""
+        raise NotImplementedError
 
     def fault(self) -> str | None:
         """Why its end is a failure; None while it lives, or where it ended well."""
-        code = self.popen.poll()
+        code = self.code()
         if code is None or (code == 0 and not self.must_stay):
             return None
-        if code < 0:
-            return f"killed by {_signal_name(-code)}"
-        return f"exited with code {code}" + (", and it should have stayed up" if code == 0 else "")
+        return log_ends.ended(code) + (", and it should have stayed up" if code == 0 else "")
 
     def failed(self, reason: str, others: tuple[str, ...] = ()) -> ProcessFailed:
-        lines = _lines(self.log, self.log_start)
-        error = _error_in(lines) if reason.startswith("exited ") else ""
-        return ProcessFailed(self.process.name, reason, self.log, lines[-LAST_LINES:], others, error)
+        end = self.log_end()
+        error = end.error if reason.startswith("exited ") else ""
+        return ProcessFailed(self.process.name, reason, self.log, end.lines[-LAST_LINES:], others, error)
+
+
+class _Local(Started):
+    """A process on this machine."""
+
+    def __init__(
+        self, process: "Process", log: Path, must_stay: bool, popen: "subprocess.Popen[bytes]", tree: _Tree, start: int
+    ) -> None:
+        super().__init__(process, log, must_stay)
+        self.popen, self._tree, self._log_start = popen, tree, start
+
+    def code(self) -> int | None:
+        return self.popen.poll()
+
+    def wait(self, seconds: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.popen.wait(seconds)
+
+    def end(self, grace_s: float, hurry: Callable[[], bool]) -> None:
+        _end(self._tree, grace_s, hurry)
+        self.popen.poll()  # so that no zombie stays
+
+    def log_end(self) -> log_ends.LogEnd:
+        return log_ends.read(self.log, self._log_start)
+
+
+class OtherNode(Protocol):
+    """A node of the run other than this one, as the supervisor needs it; `nodes.RemoteNode` is one."""
+
+    def start(self, process: "Process", more_env: Mapping[str, str], log: Path, must_stay: bool) -> Started:
+        """Start `process` there.
+
+        Raises:
+            ProcessFailed: when it cannot be.
+        """
+
+    def check(self) -> None:
+        """Return at once where the node is there.
+
+        Raises:
+            NodeLost: when it is not.
+            Interrupted: when it was told to end.
+        """
+
+    def begin_to_stop(self, grace_s: float) -> None:
+        """Have it end everything there, without waiting for it."""
+
+    def stop(self, hurry: Callable[[], bool]) -> None:
+        """Return once everything there has ended, or its deadline has passed."""
 
 
 class Supervisor:
@@ -239,28 +304,41 @@ class Supervisor:
 
         with Supervisor(run_folder) as supervisor:
             supervisor.start(plan.server)
-            supervisor.start(plan.trainer)
+            supervisor.start(plan.trainers[0])
             supervisor.wait("trainer", on_tick=display.tick)
     """
 
-    def __init__(self, run_folder: Path, stop_grace_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        stop_grace_s: float = 10.0,
+        others: Sequence[OtherNode] = (),
+        part: str = "",
+        told_to_hurry: Callable[[], bool] = lambda: False,
+    ) -> None:
         """
         Args:
             run_folder: the logs of the processes are relative to it.
             stop_grace_s: how long a process may take to end after SIGTERM.
+            others: the nodes of the run other than this one, in the order of the plan's, from its second on.
+            part: of the run that is supervised here, where that is not all of it; then how the run ends is not ours to
+                write down.
+            told_to_hurry: whether ending must not wait for anybody any more; a second signal says the same.
         """
-        self._run_folder, self._stop_grace_s = run_folder, stop_grace_s
+        self._run_folder, self._stop_grace_s, self._others, self._part = run_folder, stop_grace_s, others, part
         self._run_id = secrets.token_hex(8)
-        self._started: dict[str, _Started] = {}
+        self._started: dict[str, Started] = {}
         self._folders: list[Path] = []
         self._handlers: dict[signal.Signals, Any] = {}
         self._interrupt: int | None = None
         self._holding = self._stopping = self._hurry = False
+        self._told_to_hurry = told_to_hurry
 
     def __enter__(self) -> "Supervisor":
-        self._warden_log = self._run_folder / "logs" / "warden.log"
+        self._warden_log = self._run_folder / "logs" / f"warden{self._part and '-'}{self._part}.log"
         self._warden_log.parent.mkdir(parents=True, exist_ok=True)
-        self._warden, self._warden_pipe = _start_warden(self._run_id, self._warden_log, self._run_folder)
+        summary = None if self._part else self._run_folder / "summary.json"
+        self._warden, self._warden_pipe = _start_warden(self._run_id, self._warden_log, summary)
         self._all = _Tree(f"{self._run_id}/", frozenset({os.getpid(), self._warden.pid}))
         for each in SIGNALS:
             self._handlers[each] = signal.signal(each, self._on_signal)
@@ -292,7 +370,7 @@ class Supervisor:
     def start(
         self, process: "Process", more_env: Mapping[str, str] | None = None, must_stay: bool | None = None
     ) -> None:
-        """Start `process` in a session of its own, its output appended to its log.
+        """Start `process` on its node, in a session of its own, its output appended to its log.
 
         Args:
             process: what to start.
@@ -305,13 +383,23 @@ class Supervisor:
         """
         log = self._run_folder / (process.log or f"logs/{process.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
+        stay = process.name.startswith("server") if must_stay is None else must_stay
+        with self._signals_held():
+            if process.node and not self._part:
+                other = self._others[process.node - 1]
+                self._started[process.name] = other.start(process, more_env or {}, log, stay)
+            else:
+                self._started[process.name] = self._start_here(process, more_env or {}, log, stay)
+
+    def _start_here(self, process: "Process", more_env: Mapping[str, str], log: Path, must_stay: bool) -> Started:
         try:
             gpus = visible_gpus(process.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         except ValueError as error:
             raise ProcessFailed(process.name, f"could not be started: {error}", log) from error
         mark = f"{self._run_id}/{process.name}/"
-        env = {**os.environ, **dict(process.env), **(more_env or {}), "CUDA_VISIBLE_DEVICES": gpus, RUN_ID: mark}
-        with self._signals_held(), log.open("ab") as output:
+        own = without_mpi(os.environ)
+        env = {**own, **dict(process.env), **more_env, "CUDA_VISIBLE_DEVICES": gpus, RUN_ID: mark}
+        with log.open("ab") as output, _preemption_held():
             log_start = output.tell()
             try:
                 popen = subprocess.Popen(
@@ -325,12 +413,19 @@ class Supervisor:
             except OSError as error:
                 why = f"could not be started: {error.strerror}: {error.filename or process.argv[0]}"
                 raise ProcessFailed(process.name, why, log) from error
-            tree = _Tree(mark, frozenset({os.getpid(), self._warden.pid}))
-            tree.add(popen.pid)
-            self._all.add(popen.pid)
-            stay = process.name.startswith("server") if must_stay is None else must_stay
-            self._started[process.name] = _Started(process, popen, tree, log, log_start, stay)
-            self._tell_warden(str(popen.pid))
+        tree = _Tree(mark, frozenset({os.getpid(), self._warden.pid}))
+        tree.add(popen.pid)
+        self._all.add(popen.pid)
+        self._tell_warden(str(popen.pid))
+        return _Local(process, log, must_stay, popen, tree, log_start)
+
+    def exit_codes(self) -> dict[str, int]:
+        """Of those that have ended and were not forgotten, by their names."""
+        return {name: code for name, each in self._started.items() if (code := each.code()) is not None}
+
+    def log_end(self, name: str) -> log_ends.LogEnd:
+        """The end of the log of the process called `name`."""
+        return self._started[name].log_end()
 
     def failed(self, name: str, reason: str) -> ProcessFailed:
         """The error that says `reason` of the process called `name`, with its log and the end of it."""
@@ -343,9 +438,7 @@ class Supervisor:
         """
         for name in reversed(names):
             if name in self._started:
-                started = self._started[name]
-                _end(started.tree, self._stop_grace_s, lambda: self._hurry)
-                started.popen.poll()
+                self._started[name].end(self._stop_grace_s, self._must_hurry)
                 del self._started[name]
 
     def run(
@@ -371,21 +464,34 @@ class Supervisor:
                 names the first to die as the one that failed, and the others after it.
             Interrupted: when a signal came, also where the first raising of it was swallowed.
         """
-        if self._interrupt is not None and not self._stopping:
-            raise Interrupted(self._interrupt)
+        self.check_interrupt()
+        for other in self._others:
+            other.check()
         # A trainer falls when its server does, hardly the other way round: seen dead together, the server is the cause.
         order = sorted(self._started.values(), key=lambda each: not each.must_stay)
         dead = {each.process.name: reason for each in order if (reason := each.fault())}
         if not dead:
             return
-        settled = time.monotonic() + SETTLE_S
-        while time.monotonic() < settled and any(each.popen.poll() is None for each in order):
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < PEERS_S and any(each.code() is None for each in order):
+            # Of trainers on several nodes one falls with the other, and which was first only their errors tell.
+            peers = [each for each in order if not each.must_stay and each.code() is None]
+            if waited > SETTLE_S and not (peers and all(name.startswith("trainer-") for name in dead)):
+                break
             time.sleep(POLL_S)
             for each in order:
                 if each.process.name not in dead and (reason := each.fault()):
                     dead[each.process.name] = reason
-        first, *others = dead
-        raise self._started[first].failed(dead[first], tuple(f"{name}: {dead[name]}" for name in others))
+        first = next(iter(dead))
+        if not self._started[first].must_stay:
+            first = next((name for name in dead if not self._started[name].log_end().follows), first)
+        others = tuple(f"{name}: {reason}" for name, reason in dead.items() if name != first)
+        raise self._started[first].failed(dead[first], others)
+
+    def check_interrupt(self) -> None:
+        """Raise `Interrupted` where a signal came."""
+        if self._interrupt is not None and not self._stopping:
+            raise Interrupted(self._interrupt)
 
     def wait(
         self, name: str, on_tick: Callable[[], None], poll_s: float = 0.2, deadline_s: float | None = None
@@ -397,15 +503,14 @@ class Supervisor:
         """
         waited = self._started[name]
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        while waited.popen.poll() != 0:
+        while waited.code() != 0:
             self.check()
             on_tick()
             if deadline is not None and time.monotonic() > deadline:
                 failed = waited.failed(f"not finished after {deadline_s:g} s")
-                _end(waited.tree, self._stop_grace_s, lambda: self._hurry)
+                waited.end(self._stop_grace_s, self._must_hurry)
                 raise failed
-            with suppress(subprocess.TimeoutExpired):
-                waited.popen.wait(poll_s)
+            waited.wait(poll_s)
 
     def stop(self) -> tuple[int, ...]:
         """End everything that was started, the last first; then what it left elsewhere. May be called again.
@@ -416,10 +521,14 @@ class Supervisor:
         if self._stopping:
             return ()
         self._stopping = True
+        for other in self._others:
+            other.begin_to_stop(self._stop_grace_s)
         for started in reversed(self._started.values()):
-            _end(started.tree, self._stop_grace_s, lambda: self._hurry)
-            started.popen.poll()  # so that no zombie stays
-        left = _end(self._all, self._stop_grace_s, lambda: self._hurry)
+            if isinstance(started, _Local):
+                started.end(self._stop_grace_s, self._must_hurry)
+        left = _end(self._all, self._stop_grace_s, self._must_hurry)
+        for other in self._others:
+            other.stop(self._must_hurry)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         os.close(self._warden_pipe)
@@ -431,6 +540,9 @@ class Supervisor:
         if self._warden_log.exists() and not self._warden_log.stat().st_size:
             self._warden_log.unlink()
         return tuple(each.pid for each in left)
+
+    def _must_hurry(self) -> bool:
+        return self._hurry or self._told_to_hurry()
 
     def _tell_warden(self, line: str) -> None:
         with suppress(BrokenPipeError):  # someone killed the warden: the launcher itself still cleans up
@@ -480,54 +592,26 @@ def _made_in(places: Sequence[Path]) -> str:
     return tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=places[-1])
 
 
-def _signal_name(number: int) -> str:
+@contextmanager
+def _preemption_held() -> Iterator[None]:
+    """What is started in here never gets SIGUSR1, which is meant for the launcher: some sites send it to every process.
+
+    A mask is inherited through exec, and loses no signal that comes meanwhile, as ignoring it for a moment would.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _lines(log: Path, start: int) -> tuple[str, ...]:
-    """The end of what was written after `start`; of a progress bar, its last state."""
-    with suppress(OSError), log.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(start, end - 64 * 1024))
-        lines = file.read().decode(errors="replace").rstrip().split("\n")
-        return tuple(_own([line.rstrip().rpartition("\r")[2] for line in lines if line.strip()]))
-    return ()
-
-
-def _error_in(lines: Sequence[str]) -> str:
-    """The exception of the last traceback in `lines`, else the last line that names an error; empty without one."""
-    for at in range(len(lines) - 1, -1, -1):
-        column = lines[at].find(TRACEBACK)  # vLLM puts a process's name before each of its lines
-        if column >= 0:
-            after = (line[column:] for line in lines[at + 1 :])
-            error = next((line for line in after if line[:1].strip()), "")
-        else:
-            match = ERROR.match(lines[at])
-            error = lines[at][match.start("error") :] if match else ""
-        if error and not any(words in error for words in SAYS_LITTLE):
-            return error.removeprefix("error: ")[:ERROR_CHARACTERS]
-    return lines[-1] if lines and lines[-1].startswith(SCRIPT_ENDED) else ""
-
-
-def _own(lines: list[str]) -> list[str]:
-    """`lines` without the traceback that accelerate adds to its script's own: it only says how the script ended."""
-    top = max((at for at, line in enumerate(lines) if line.startswith("Traceback ")), default=0)
-    if not lines or "accelerate/commands/launch.py" not in "".join(lines[top : top + 4]):
-        return lines
-    if not lines[-1].startswith("subprocess.CalledProcessError: "):
-        return lines  # torch elastic's table, of several processes
-    return [*lines[:top], SCRIPT_ENDED + lines[-1].rpartition("']' ")[2]]
-
-
-def _start_warden(run_id: str, log: Path, run_folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
+def _start_warden(run_id: str, log: Path, summary: Path | None) -> "tuple[subprocess.Popen[bytes], int]":
     """The warden, and the end of the pipe that keeps it waiting. Python lets no child inherit that end."""
     read, write = os.pipe()
-    command = [sys.executable, "-P", __file__, run_id, str(os.getpid()), str(run_folder.absolute() / "summary.json")]
+    ending = [] if summary is None else [str(summary.absolute())]
+    command = [sys.executable, "-P", __file__, run_id, str(os.getpid()), *ending]
     try:
-        with log.open("ab") as errors:
+        with log.open("ab") as errors, _preemption_held():
             warden = subprocess.Popen(
                 command, stdin=read, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
             )
@@ -536,9 +620,9 @@ def _start_warden(run_id: str, log: Path, run_folder: Path) -> "tuple[subprocess
     return warden, write
 
 
-def _warden(run_id: str, launcher: int, summary: Path) -> None:
+def _warden(run_id: str, launcher: int, summary: Path | None) -> None:
     """Remember what the launcher starts, processes by pid and folders by path, a line each; when the launcher is gone,
-    end and delete all of it and write how the run ended."""
+    end and delete all of it and write how the run ended, where that is known here."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     tree = _Tree(f"{run_id}/", frozenset({os.getpid(), launcher}))
@@ -560,7 +644,7 @@ def _warden(run_id: str, launcher: int, summary: Path) -> None:
     left_alone = [str(process.pid) for process in tree.living()]
     if left_alone:
         sys.stderr.write(f"ending what the launcher (pid {launcher}) left: {', '.join(left_alone)}\n")
-        if not summary.exists():
+        if summary is not None and not summary.exists():
             summary.write_text(
                 '{\n  "outcome": "failed",\n  "reason": "the launcher was killed"\n}\n', encoding="utf-8"
             )
@@ -571,4 +655,4 @@ def _warden(run_id: str, launcher: int, summary: Path) -> None:
 
 
 if __name__ == "__main__":
-    _warden(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    _warden(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]) if sys.argv[3:] else None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from r1zero.policy_client import PolicyServerError
+from r1zero.policy_client import TRIES, PolicyServerError
 
 LOOK_S = 3.0  # between two looks at one server
 PAUSED_S = 5.0  # after so long without a `check`, this process itself was stopped, and its clocks tell nothing
@@ -103,16 +103,20 @@ class _Server(threading.Thread):
         self._server, self._url, self._client, self._over = name, url, client, over
         self._silence_s, self._publish_s = silence_timeout_s, publish_timeout_s
         self._tokens: int | None = None
+        self._own_tokens = 0  # those that it may have made for us since the last look
         self._updating = False
         self._why = "it has not answered"
         self.excuse()
 
     def excuse(self) -> None:
         """Count its silence from now on."""
+        self._answered = time.monotonic()
         self._allowed_s = self._publish_s if self._updating else self._silence_s
-        self._alive_until = time.monotonic() + self._allowed_s
+        self._alive_until = self._answered + self._allowed_s
 
     def check(self, now: float) -> None:
+        if self._updating and now > self._answered + self._silence_s:  # its doors answer during an update too
+            raise Silent(self._server, f"did not answer for {self._silence_s:g} s, amid an update: {self._why}")
         if now > self._alive_until:
             did = "did not finish an update of its weights" if self._updating else "made no token"
             raise Silent(self._server, f"{did} for {self._allowed_s:g} s: {self._why}")
@@ -128,15 +132,19 @@ class _Server(threading.Thread):
 
     def _look(self) -> None:
         policy = self._client.policy(self._url)
+        self._answered = time.monotonic()
         if bool(policy["updating"]) != self._updating:
             self._updating = not self._updating
             self.excuse()
         if self._updating:
             self._why = "it says that the update is still under way"
             return
-        tokens = policy.get("tokens")
-        busy, self._tokens = tokens is not None and self._tokens not in (None, tokens), tokens
+        tokens, before, own = policy.get("tokens"), self._tokens, self._own_tokens
+        # A token that was made for us and did not arrive is no proof: nothing else may arrive either.
+        busy = tokens is not None and before is not None and tokens - before > own
+        self._tokens, self._own_tokens = tokens, 0
         if not busy and not policy.get("sleeping"):
+            self._own_tokens = TRIES
             # Not for all of the time that is left: a request that waits behind others is asked again, after a look.
             self._client.first_token(self._url, self._silence_s / 3)
         self.excuse()

@@ -41,6 +41,10 @@ class Display:
         if self._live:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
 
+    def pass_over_what_is_there(self) -> None:
+        """Say nothing of what the run folder holds by now: whoever began the run has said it."""
+        self._offset = self.folder.read_metrics_after(0)[1]
+
     def tick(self) -> None:
         """Say what the run folder holds that was not said yet. Cheap: reads the files at most twice a second."""
         if time.monotonic() < self._next_read:
@@ -63,6 +67,8 @@ class Display:
                 self.say(progress.alert_line(metrics))
             elif metrics["kind"] == "restart":
                 self.say(progress.restart_line(metrics))
+            elif metrics["kind"] == "resume":
+                self.say(progress.resume_line(metrics))
             elif self._live:
                 self._line = progress.step_line(metrics)
             else:

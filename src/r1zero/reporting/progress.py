@@ -63,6 +63,15 @@ def restart_line(metrics: Mapping[str, Any]) -> str:
     return f"FAILED at step {metrics['step']}: {metrics['cause']}; {which} goes on {goes_on}"
 
 
+def resume_line(metrics: Mapping[str, Any]) -> str:
+    """The line of a run that goes on from a checkpoint, or from the beginning.
+
+    Args:
+        metrics: a line of metrics.jsonl with ``kind`` "resume".
+    """
+    return f"going on after step {metrics['step']}" if metrics["checkpoint"] else "beginning anew"
+
+
 def evaluation_line(metrics: Mapping[str, Any]) -> str:
     """The line of one measurement on held-out problems."""
     return (

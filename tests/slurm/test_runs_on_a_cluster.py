@@ -1,0 +1,144 @@
+"""sbatch of the tiny recipe on a real Slurm of three nodes, with a real policy server on the last of them.
+
+The same run twice: undisturbed over two nodes, where the first has two trainer processes; and over three, a trainer
+process on each of the first two, preempted on its way. Rollouts and final weights are the same, bit by bit.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from r1zero import tiny
+from r1zero.run_folder import RunFolder, read_json
+from tests.conftest import PROJECT
+from tests.serving.launched import server_python, words
+from tests.slurm import cluster as clusters
+from tests.slurm.cluster import Cluster
+from tests.training.conftest import QUIET
+
+pytestmark = [pytest.mark.xdist_group("real_server"), pytest.mark.timeout(1800)]
+RUN_S = 900.0
+STEPS = 6
+KEYS = {
+    "use_vllm": "true",
+    "vllm_mode": "server",
+    "accelerate_config": "ddp",
+    "seed_rollouts": "true",
+    "reward_funcs": "tests.slurm.rewards:spread",
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 16,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "max_steps": STEPS,
+    "eval_count": 0,
+    "eval_on_start": "false",
+    "save_strategy": "no",
+    "report_to": "none",
+    "server_ready_timeout": 800,
+    "server_silence_timeout": 120,
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    (tmp_path / "slurm").mkdir()
+    with clusters.running(tmp_path / "slurm") as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job that is over.
+
+    Attributes:
+        folder: its run folder.
+        output: what it printed.
+        lost_s: for each preemption the seconds from the last step before it to the first one after it.
+    """
+
+    folder: RunFolder
+    output: str
+    lost_s: tuple[float, ...]
+
+
+def submit(cluster: Cluster, place: Path, model: Path, nodes: int, preempt: tuple[int, ...] = (), **keys: Any) -> Run:
+    """Run slurm/train.sh to its end.
+
+    Args:
+        place: an empty folder that takes the run.
+        model: to train.
+        nodes: how many.
+        preempt: after which steps the job gets SIGUSR1.
+        keys: of the recipe, on top of `KEYS`.
+    """
+    place.mkdir()
+    given = {**KEYS, **keys, "model_name_or_path": model, "runs_dir": place / "runs"}
+    words_of_sbatch = [f"--nodes={nodes}", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={place}/out.log"]
+    env = {**QUIET, "R1ZERO_PYTHON": server_python(), "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "R1ZERO_CACHE": str(place / "cache")}
+    recipe = "recipes/tiny/arithmetic_grpo.yaml"
+    job = cluster.submit(*words_of_sbatch, "slurm/train.sh", recipe, *words(given), cwd=PROJECT, more_env=env)
+    folder = RunFolder(place / "runs" / f"tiny-arithmetic_grpo-{job}")
+    deadline = time.monotonic() + RUN_S * (1 + len(preempt))
+    left = list(preempt)
+    while (state := cluster.job(job)).state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+        assert time.monotonic() < deadline, f"{state}: {(place / 'out.log').read_text()}"
+        if left and state.state == "RUNNING" and last_step(folder) >= left[0]:
+            cluster.preempt(job)
+            left.pop(0)
+            cluster.wait(job, lambda job: job.state == "PENDING", 200)
+            cluster.start_now(job)
+        time.sleep(0.2)
+    output = (place / "out.log").read_text()
+    assert state == clusters.Job("COMPLETED", len(preempt), 0), output
+    times = [line["time"] for line in folder.read_metrics() if line["kind"] == "step"]
+    resumed = [line["step"] for line in folder.read_metrics() if line["kind"] == "resume"]
+    lost = [round(times[step] - times[step - 1], 1) for step in resumed]
+    return Run(folder, output, tuple(lost))
+
+
+def last_step(folder: RunFolder) -> int:
+    return max((line["step"] for line in folder.read_metrics() if line["kind"] == "step"), default=0)
+
+
+def rollouts(folder: RunFolder) -> list[list[tuple[str, str, float, int]]]:
+    """Prompt, completion, reward and policy version of every completion, by step."""
+    columns = ["prompt", "completion", "reward", "policy_version"]
+    files = [folder.rollouts(step) for step in range(1, STEPS + 1)]
+    return [sorted(tuple(row.values()) for row in pq.read_table(file, columns=columns).to_pylist()) for file in files]
+
+
+@pytest.mark.parametrize("preempt", [(3,), pytest.param((1, 3, 5), marks=pytest.mark.soak)])
+def test_a_preempted_run_over_three_nodes_equals_an_undisturbed_one_over_two(
+    cluster: Cluster, tmp_path: Path, preempt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_python()
+    monkeypatch.setenv("R1ZERO_CACHE", str(tmp_path / "cache"))
+    model = tiny.ensure(tiny.Pretraining(steps=8))
+    preempted = submit(cluster, tmp_path / "preempted", model, 3, preempt)
+    undisturbed = submit(cluster, tmp_path / "undisturbed", model, 2, cpu_processes=2)
+    print(f"seconds from the last step before each preemption to the first one after it: {preempted.lost_s}")
+    assert len(preempted.lost_s) == len(preempt)
+    assert rollouts(preempted.folder) == rollouts(undisturbed.folder)
+    (weights,) = preempted.folder.model.glob("*.safetensors")
+    assert weights.read_bytes() == (undisturbed.folder.model / weights.name).read_bytes()
+    assert weights.read_bytes() != (model / weights.name).read_bytes()
+    summary = read_json(preempted.folder.summary)
+    assert (summary["outcome"], summary["requeues"], summary["restarts"]) == ("finished", len(preempt), 0)
+    steps = [line["step"] for line in preempted.folder.read_metrics() if line["kind"] == "step"]
+    assert steps == list(range(1, STEPS + 1))
+    assert preempted.output.count("is in the queue again") == len(preempt)
+    for node in (1, 2):
+        assert preempted.output.count(f"node {node} of 3 (") == len(preempt) + 1
+    assert not [path for path in preempted.folder.path.parent.iterdir() if path.name.startswith(".")]
+    assert not list(preempted.folder.path.glob("r1zero-*"))  # where the weights went from trainer to server
+    versions = json.loads(preempted.folder.versions.read_text())
+    assert versions["argv"][0].endswith("launch/run.py") and os.environ.get("SLURM_JOB_ID") is None
