@@ -104,9 +104,9 @@ class Restarts:
 
 
 def last_step(folder: RunFolder) -> int:
-    """The optimizer step that was recorded last, 0 before the first."""
+    """The optimizer step that was recorded last, 0 before the first; also one that is done again since."""
     step = 0
-    for line in folder.read_metrics():
+    for line in folder.read_metrics_after(0)[0]:
         if line["kind"] == "step":
             step = line["step"]
     return step

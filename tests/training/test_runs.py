@@ -303,6 +303,6 @@ def test_two_processes_share_one_run_folder_and_the_rollouts_of_both_are_in_it(
 def test_a_data_error_in_the_trainer_is_what_the_launcher_ends_with(model: Path, data: Path, tmp_path: Path) -> None:
     write_recipe(tmp_path / "add.yaml", model, data, max_prompt_tokens=5, output_dir="run")
     done = start([sys.executable, PROJECT / "launch" / "run.py", "add.yaml"], tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "max_prompt_tokens = 5: every one of 40 prompts is longer; raise it" in done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["outcome"] == "failed"
