@@ -174,7 +174,9 @@ def is_final(error: ProcessFailed) -> bool:
 
 def exit_code(error: ProcessFailed) -> int:
     """The launcher's exit code after `error`: that of the process, or of the script or rank that accelerate ran for it,
-    where it is one of `FINAL_CODES`; else 1."""
+    where it is one of `FINAL_CODES`; else 1. A policy server's codes are not ours, and say nothing."""
+    if error.name.startswith("server"):
+        return 1
     said = "\n".join([error.reason, *error.last_lines])
     patterns = (
         r"^exited with code {}\b",
