@@ -162,7 +162,7 @@ def test_a_server_that_ends_well_has_failed_all_the_same(supervisor: Supervisor)
 def test_of_two_deaths_both_are_named_and_the_server_is_the_cause(supervisor: Supervisor) -> None:
     supervisor.start(python("trainer", "raise SystemExit(1)"))
     supervisor.start(python("server", "raise SystemExit(7)"))
-    time.sleep(2)
+    until(lambda: len(supervisor.exit_codes()) == 2, 30)
     with pytest.raises(ProcessFailed) as failed:
         supervisor.check()
     assert str(failed.value).startswith("server: exited with code 7, then trainer: exited with code 1, its log: ")

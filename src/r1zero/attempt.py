@@ -5,7 +5,6 @@ Whatever ends a run ends here: the trainer is done, something failed for good, a
 
 import os
 import secrets
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1zero import checkpoints, hardware, nodes, preemption, restarts, run_folder, slurm
+from r1zero import checkpoints, hardware, nodes, owned_servers, preemption, restarts, run_folder, slurm
 from r1zero.agent import MeetingFailed, meeting_env
 from r1zero.policy_client import PolicyClient
-from r1zero.policy_server import ServerNotReady, wait_until_ready
 from r1zero.preemption import Notice, Preempted
 from r1zero.reporting.display import Display, ending
 from r1zero.reporting.progress import duration
 from r1zero.restarts import Failure, RunFailed
-from r1zero.run_folder import RunFolder, read_json, write_json
+from r1zero.run_folder import STOPPED_OUTCOME, RunFolder, read_json, write_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from r1zero.supervisor import SIGNALS, Interrupted, ProcessFailed, Supervisor, visible_gpus
-from r1zero.watch import Silent, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +30,7 @@ if TYPE_CHECKING:
     from r1zero.plan import Plan, Process
 
 PREPARATION_TIMEOUT_S = 900.0
-MEMORY_FOLDER = Path("/dev/shm")
 LOOK = "preflight"  # the one preparation that makes nothing
-LEAST_MEMORY_BYTES = 2**30  # a container gets 64 MiB by default, which weights do not fit into
 
 
 @dataclass(frozen=True)
@@ -188,22 +183,20 @@ class _Attempt:
     def _start_servers(self) -> None:
         """Start the policy servers and return once each has generated a token; at once where there are none."""
         planned, supervisor, display = self._planned, self._supervisor, self._display
-        began = time.monotonic()
+        if not planned.servers:
+            return
         for server in planned.servers:
             display.say(f"starting the policy {server.name}, log {planned.run_folder / server.log}")
             self._start(server)
-        for server, url in zip(planned.servers, planned.server_urls if planned.servers else (), strict=True):
-            try:
-                wait_until_ready(
-                    url,
-                    token=self._shared[TOKEN],
-                    deadline_s=self._own.server_ready_timeout,
-                    check=self._check,
-                    on_tick=lambda _: display.now(f"policy server is starting, {duration(time.monotonic() - began)}"),
-                )
-            except ServerNotReady as error:
-                raise supervisor.failed(server.name, str(error)) from error
-            display.say(f"policy {server.name} ready after {duration(time.monotonic() - began)}")
+        owned_servers.wait_until_all_ready(
+            planned.urls_of_servers,
+            supervisor,
+            token=self._shared[TOKEN],
+            deadline_s=self._own.server_ready_timeout,
+            check=self._check,
+            say=display.say,
+            now=display.now,
+        )
 
     def _train(self, trainers: Sequence["Process"]) -> None:
         """Start the trainers and wait until they are done, with an eye on the policy servers.
@@ -228,7 +221,7 @@ class _Attempt:
             for trainer in trainers:
                 supervisor.wait(trainer.name, on_tick=tick)
         summary = read_json(self._folder.summary) or {}
-        if summary.get("outcome") == preemption.STOPPED_OUTCOME:
+        if summary.get("outcome") == STOPPED_OUTCOME:
             raise Preempted(str(summary.get("why")))
 
     def _start(self, process: "Process") -> None:
@@ -268,10 +261,8 @@ def _shared_secrets(planned: "Plan", supervisor: Supervisor) -> dict[str, str]:
     given = {name: os.environ.pop(name) for name in (TOKEN, PUBLISH_FOLDER) if name in os.environ}
     if not planned.servers:
         return given if planned.server_urls else {}
-    roomy = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free >= LEAST_MEMORY_BYTES
-    in_memory = roomy and not planned.publish_in_run_folder
-    places = (MEMORY_FOLDER, planned.run_folder) if in_memory else (planned.run_folder,)
-    return {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(supervisor.temporary_folder(places))}
+    place = owned_servers.publish_folder(supervisor, planned.run_folder, not planned.publish_in_run_folder)
+    return {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(place)}
 
 
 @contextmanager
@@ -281,21 +272,14 @@ def _watched(planned: "Plan", shared: dict[str, str], supervisor: Supervisor) ->
         yield lambda: None
         return
     own = planned.recipe.own
-    urls = {server.name: url for server, url in zip(planned.servers, planned.server_urls, strict=True)}
     client = PolicyClient(
         planned.server_urls,
         shared[TOKEN],
         generation_timeout_s=own.server_silence_timeout,
         control_timeout_s=own.server_silence_timeout / 3,
     )
-    with client, Watch(urls, client, own.server_silence_timeout, own.publish_timeout) as watch:
-
-        def check() -> None:
-            try:
-                watch.check()
-            except Silent as error:
-                raise supervisor.failed(error.name, str(error)) from error
-
+    silence_s, publish_s = own.server_silence_timeout, own.publish_timeout
+    with client, owned_servers.watched(planned.urls_of_servers, client, supervisor, silence_s, publish_s) as check:
         yield check
 
 

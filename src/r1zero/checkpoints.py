@@ -77,8 +77,18 @@ def newest(folder: RunFolder) -> Found:
 
 def by_step(checkpoints: Path) -> dict[int, Path]:
     """What bears the name of a checkpoint, by its optimizer step."""
-    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in checkpoints.glob("checkpoint-*")]
-    return {int(match[1]): path for match, path in matches if match}
+    found = ((step_of(path), path) for path in checkpoints.glob("checkpoint-*"))
+    return {step: path for step, path in found if step is not None}
+
+
+def step_of(path: Path) -> int | None:
+    """The optimizer step that a checkpoint's name says; None where it is no checkpoint's.
+
+    >>> step_of(Path("checkpoints/checkpoint-20")), step_of(Path("model"))
+    (20, None)
+    """
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def problem(checkpoint: Path) -> str | None:

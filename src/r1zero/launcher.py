@@ -297,6 +297,7 @@ def _check_packages(planned: "Plan") -> None:
     """Name what must be installed on this machine and is not, before a server and a model have been loaded in vain."""
     from importlib.util import find_spec
 
+    from r1zero import accelerate_config
     from r1zero.reporting import trackers
 
     recipe, gpu_extra = planned.recipe, "pip install -e '.[gpu]'"
@@ -305,7 +306,7 @@ def _check_packages(planned: "Plan") -> None:
         needed["vllm"] = ("use_vllm", f"{gpu_extra}, or --use_vllm false")
     if recipe.own.server_base == "vllm_4bit" and planned.servers and _vllm_needs_a_plugin():
         needed["vllm_bnb_plugin"] = ("server_base", "pip install vllm-bnb-plugin, or server_base: rounded")
-    if planned.accelerate_config.stem.startswith("zero"):
+    if accelerate_config.read(planned.accelerate_config, recipe).zero_stage:
         needed["deepspeed"] = ("accelerate_config", f"{gpu_extra}, or another accelerate_config")
     if recipe["use_liger_kernel"]:
         needed["liger_kernel"] = ("use_liger_kernel", gpu_extra)
@@ -357,7 +358,6 @@ def _check_golds(recipe: Recipe, selection: "Selection | None") -> "list[Finding
 def _preflight_only(recipe: Recipe, console: "Console") -> int:
     """What --check looks at besides the data: prompts, and rollouts where a server is up."""
     import subprocess
-    import sys
 
     command = [sys.executable, "-m", "r1zero.preflight", "--config", str(recipe.path), *recipe.overrides]
     if recipe.own.method == "grpo":

@@ -108,6 +108,11 @@ class Plan:
         return (*self.preparations, *self.servers, *rehearsal, *self.trainers)
 
     @property
+    def urls_of_servers(self) -> dict[str, str]:
+        """The URL of each policy server that the launcher starts, by the name of its process."""
+        return dict(zip((each.name for each in self.servers), self.server_urls, strict=True)) if self.servers else {}
+
+    @property
     def nodes(self) -> tuple[int, ...]:
         """The nodes that have a process, as indices into the hardware's."""
         return tuple(sorted({process.node for process in self.processes}))

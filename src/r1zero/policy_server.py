@@ -168,7 +168,7 @@ def serve_env(*, adapters: bool = False, four_bit: bool = False, cpu: bool = Fal
         ]
     else:
         # Its work is on the GPU. With a thread for each core, each small copy of an adapter's hundreds of tensors waits
-        # for all of them: where other processes were busy too, an adapter of 39 MB took 3 to 6 s to load.
+        # for all of them: where other processes were busy too, an adapter of 39 MB took 3 to 6 s to publish.
         env.append(("OMP_NUM_THREADS", "1"))
     return tuple(env)
 

@@ -13,10 +13,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from r1zero import checkpoints, slurm
-from r1zero.run_folder import RunFolder, read_json, write_json
+from r1zero.run_folder import STOPPED_OUTCOME, RunFolder, read_json, write_json
 
 STOPPED = 128 + signal.SIGUSR1  # exit code of a run that was stopped, and that nothing but a person will start again
-STOPPED_OUTCOME = "stopped"
 
 
 class Preempted(Exception):

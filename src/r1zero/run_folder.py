@@ -9,18 +9,22 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PACKAGES = (
     *("r1zero", "torch", "trl", "transformers", "accelerate", "peft", "datasets", "vllm", "deepspeed"),
     *("bitsandbytes", "liger-kernel", "wandb"),
 )
+STOPPED_OUTCOME = "stopped"  # in the summary of a run that left off to be resumed
 OF_A_STEP = frozenset({"step", "evaluation", "alert"})  # kinds of lines that a step makes anew when it is done again
 
 
@@ -144,6 +148,17 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], schema: "pa.Schema") -> None:
+    """Write a table whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), aside, compression="zstd")
+    aside.replace(path)
 
 
 def read_json(path: Path) -> Any:

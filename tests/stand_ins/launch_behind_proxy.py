@@ -16,7 +16,7 @@ from typing import Any
 from tests.stand_ins import faulty_proxy
 from tests.stand_ins.faulty_proxy import Proxy
 
-from r1zero import attempt, launcher, plan
+from r1zero import launcher, owned_servers, plan
 from r1zero.hardware import free_ports
 from r1zero.run_folder import read_json
 
@@ -28,7 +28,7 @@ def main() -> int:
     fault = Path(os.environ["R1ZERO_NOTES"]) / "fault.json"
     make = plan.make
     if memory := os.environ.get("R1ZERO_MEMORY_FOLDER"):
-        attempt.MEMORY_FOLDER, attempt.LEAST_MEMORY_BYTES = Path(memory), 0
+        owned_servers.MEMORY_FOLDER, owned_servers.LEAST_MEMORY_BYTES = Path(memory), 0
     with ExitStack() as stack:
 
         def make_with_proxy(*arguments: Any, **keys: Any) -> plan.Plan:

@@ -94,7 +94,8 @@ def _evaluate(arguments: argparse.Namespace, project: Path, console: "Console") 
     }
     here = hardware.of_nodes((hardware.this_node(),))
     folder = _folder(arguments, candidates)
-    for note in _notes(candidates, preset, protocols):
+    notes = _notes(candidates, preset, protocols)
+    for note in notes:
         console.print(note, markup=False, soft_wrap=True)
     progress = _Progress(console)
     asks = _asks(candidates, questions, protocols)
@@ -128,7 +129,7 @@ def _evaluate(arguments: argparse.Namespace, project: Path, console: "Console") 
         "tokens": tokens,
         "seed": arguments.seed,
         "preset": arguments.preset,
-        "notes": _notes(candidates, preset, protocols),
+        "notes": notes,
         "engine": description,
         "verifier": verifier_version(),
         "versions": run_folder.versions(project, gpus),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from r1zero.evaluation.asking import Answered, Ask, Completion, OnProgress
-from r1zero.evaluation.models import Candidate
+from r1zero.evaluation.models import Candidate, rounded_base
 
 BATCH_TOKENS = {False: 16_384, True: 262_144}  # of prompts and completions at once, by whether there is a GPU
 MOST_SEQUENCES = {False: 32, True: 256}
@@ -47,7 +47,7 @@ class InProcessEngine:
 
     def _load(self, candidate: Candidate) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
-            self._base(candidate),
+            rounded_base(candidate) if candidate.rounded else candidate.base,
             revision=candidate.revision or "main",
             dtype=getattr(torch, self._dtype),
             trust_remote_code=candidate.trust_remote_code,
@@ -57,14 +57,6 @@ class InProcessEngine:
 
             model = PeftModel.from_pretrained(model, str(candidate.adapter))
         return model.to(self._device).eval()
-
-    def _base(self, candidate: Candidate) -> str:
-        if not candidate.rounded or candidate.recipe is None:
-            return candidate.base
-        from r1zero import quantized_base
-
-        settings = quantized_base.Settings.of(candidate.recipe)
-        return str(quantized_base.ensure(candidate.base, candidate.revision, settings))
 
     def _answers(self, model: Any, ask: Ask, on_progress: OnProgress) -> tuple[tuple[Completion, ...], ...]:
         """Batches of prompts of like length, which are always the same ones, each with a seed of its own."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from r1zero import recipe as recipes
+from r1zero.checkpoints import by_step, step_of
 from r1zero.evaluation.protocol import Protocol, messages
 from r1zero.recipe import TINY_MODEL, OwnKeys, Recipe
 from r1zero.run_folder import RunFolder, read_json
@@ -129,6 +129,14 @@ def own_protocol(recipe: Recipe) -> Protocol:
     )
 
 
+def rounded_base(candidate: Candidate) -> str:
+    """The base in the 4 bits that the adapter of a `rounded` candidate was trained on; made where it is not cached."""
+    from r1zero import quantized_base
+
+    assert candidate.recipe is not None  # noqa: S101 - `rounded` is the recipe's word
+    return str(quantized_base.ensure(candidate.base, candidate.revision, quantized_base.Settings.of(candidate.recipe)))
+
+
 def shape(place: str) -> str:
     """Equal for two models whose weights fit into the same server; a hub id fits itself only."""
     config = Path(place) / "config.json"
@@ -174,7 +182,7 @@ def _of(place: str, label: str, checkpoints: str, with_base: bool) -> list[Candi
     for run in folder.resolve().parents[:2]:
         if (run / "recipe.yaml").is_file():
             recipe = _recipe(run / "recipe.yaml")
-            step = _step(folder)
+            step = step_of(folder)
             named = label or (run.name if step is None else f"{run.name}@{step}")
             base = [_base_of(recipe, "")] if with_base else []
             return [*base, _made_by(RunFolder(run), recipe, folder, named, step)]
@@ -226,14 +234,7 @@ def _steps(folder: RunFolder, checkpoints: str) -> list[int | None]:
 
 
 def _saved(folder: RunFolder) -> list[int]:
-    return sorted(
-        step for path in folder.checkpoints.glob("checkpoint-*") if (step := _step(path)) and _has_weights(path)
-    )
-
-
-def _step(folder: Path) -> int | None:
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(found[1]) if found else None
+    return sorted(step for step, path in by_step(folder.checkpoints).items() if _has_weights(path))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from r1zero.evaluation import grading
 from r1zero.evaluation.grading import Row
 from r1zero.evaluation.protocol import Protocol, verifier_version
-from r1zero.run_folder import read_json, write_json, write_text
+from r1zero.run_folder import read_json, write_json, write_parquet, write_text
 
 FORMAT = 1  # of result.json; raise when a key changes its meaning
 SCHEMA = pa.schema(
@@ -68,10 +68,7 @@ class ResultFolder:
     def write_completions(self, model: str, benchmark: str, rows: Sequence[Row]) -> dict[str, Any]:
         """Write them whole or not at all; returns what `result.json` says of the file."""
         path = self.completions(model, benchmark)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}")
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), aside, compression="zstd")
-        aside.replace(path)
+        write_parquet(path, rows, SCHEMA)
         return {"file": str(path.relative_to(self.path)), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
     def read(self) -> dict[str, Any]:

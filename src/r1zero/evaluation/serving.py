@@ -7,7 +7,6 @@ ends a completion goes with each request, so that it is the model's own whatever
 
 import secrets
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,24 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1zero import policy_server
+from r1zero import owned_servers, policy_server
 from r1zero.evaluation.asking import Answered, Ask, Completion, OnProgress
-from r1zero.evaluation.models import Candidate, shape
+from r1zero.evaluation.models import Candidate, rounded_base, shape
 from r1zero.hardware import Hardware, free_ports
 from r1zero.plan import CPU_ENV, Process
 from r1zero.policy_client import PolicyClient, Rollout, Ticket
-from r1zero.reporting.progress import duration
 from r1zero.run_folder import read_json
 from r1zero.serving import PUBLISH_FOLDER, SHARED_MEMORY, TOKEN, VERSION_HEADER
 from r1zero.supervisor import Supervisor
-from r1zero.watch import Silent, Watch
 
 CLIENTS = 4  # for each, as many connections as a client has: a greedy answer is one sequence a connection
 PROMPTS_AT_A_TIME = 32  # in one ticket; progress is told by ticket
 MOST_SEQUENCES = {False: 1024, True: 64}  # that a server makes at once, by whether it is on the CPU
 ROUND_PROMPT_TOKENS = 64  # the server's context is rounded up to these, for a stable compilation cache
 LOOK_S = 0.2
-MEMORY_FOLDER = Path("/dev/shm")
 SPARE_BYTES = 2**28
 
 
@@ -122,9 +118,9 @@ class ServerEngine:
         width = settings.tensor_parallel
         places = [tuple(range(at, at + width)) for at in range(0, self._gpus - width + 1, width)] or [()]
         ports = free_ports(len(places))
-        shared = {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(self._publish_folder())}
-        names, urls = [], []
-        began = time.monotonic()
+        publish = owned_servers.publish_folder(self._supervisor, self._folder)
+        shared = {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(publish)}
+        servers: dict[str, str] = {}
         for gpus, port in zip(places, ports, strict=True):
             name = f"server-{self._started}"
             self._started += 1
@@ -149,41 +145,30 @@ class ServerEngine:
             if settings.exact and not self.cpu:
                 env.append(("VLLM_BATCH_INVARIANT", "1"))
             self._supervisor.start(Process(name, argv, tuple(env), gpus, log=f"logs/{name}.log"), shared)
-            names.append(name)
-            urls.append(f"http://127.0.0.1:{port}")
+            servers[name] = f"http://127.0.0.1:{port}"
         try:
-            for name, url in zip(names, urls, strict=True):
-                try:
-                    policy_server.wait_until_ready(
-                        url,
-                        token=shared[TOKEN],
-                        deadline_s=settings.ready_timeout_s,
-                        check=self._supervisor.check,
-                        on_tick=lambda _: on_progress(
-                            f"policy server is starting, {duration(time.monotonic() - began)}", 0, 0
-                        ),
-                    )
-                except policy_server.ServerNotReady as error:
-                    raise self._supervisor.failed(name, str(error)) from error
-            with (
-                _Served(urls, shared, settings, base) as served,
-                self._watch(dict(zip(names, urls, strict=True)), served),
-            ):
+            owned_servers.wait_until_all_ready(
+                servers,
+                self._supervisor,
+                token=shared[TOKEN],
+                deadline_s=settings.ready_timeout_s,
+                check=self._supervisor.check,
+                say=_nothing_to_say,
+                now=lambda text: on_progress(text, 0, 0),
+            )
+            with _Served(list(servers.values()), shared, settings, base) as served, self._watch(servers, served):
                 yield served
         finally:
-            self._supervisor.end(names)
+            self._supervisor.end(list(servers))
 
     @contextmanager
     def _watch(self, servers: dict[str, str], served: "_Served") -> Iterator[None]:
-        silence = self._settings.silence_timeout_s
-        with Watch(servers, served.control, silence, self._settings.ready_timeout_s) as watch:
+        silence_s, publish_s = self._settings.silence_timeout_s, self._settings.ready_timeout_s
+        with owned_servers.watched(servers, served.control, self._supervisor, silence_s, publish_s) as none_is_silent:
 
             def check() -> None:
                 self._supervisor.check()
-                try:
-                    watch.check()
-                except Silent as error:
-                    raise self._supervisor.failed(error.name, str(error)) from error
+                none_is_silent()
 
             served.check = check
             yield
@@ -226,15 +211,8 @@ class ServerEngine:
         """What the servers load: for an adapter that was trained on 4 bits, that rounded base; made where it is not."""
         if not candidate.rounded or candidate.recipe is None or candidate.recipe.own.server_base == "unrounded":
             return candidate.base
-        from r1zero import quantized_base
-
-        settings = quantized_base.Settings.of(candidate.recipe)
         on_progress("rounding the base to the trainer's 4 bits", 0, 0)
-        return str(quantized_base.ensure(candidate.base, candidate.revision, settings))
-
-    def _publish_folder(self) -> Path:
-        places = (MEMORY_FOLDER, self._folder) if MEMORY_FOLDER.is_dir() else (self._folder,)
-        return self._supervisor.temporary_folder(places)
+        return rounded_base(candidate)
 
 
 class _Served:
@@ -347,6 +325,10 @@ class _Served:
 
 def _nothing_to_check() -> None:
     """Before the watch begins."""
+
+
+def _nothing_to_say(_: str) -> None:
+    """An evaluation says how far it is, and that is enough."""
 
 
 def _groups(asks: Sequence[Ask]) -> list[list[Ask]]:

@@ -70,7 +70,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     @property
     def resumed_at(self) -> int | None:
         """The step of the checkpoint that this process went on from; None where it began anew."""
-        return None if self._resumed is None else step_of(self._resumed)
+        return None if self._resumed is None else checkpoints.step_of(self._resumed)
 
     # What a subclass adds.
 
@@ -108,8 +108,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """
         self._resumed = checkpoint
         if checkpoint is not None:
-            self._require_whole(checkpoint)
-            self._complete, self._complete_step = checkpoint, step_of(checkpoint)
+            self._complete, self._complete_step = checkpoint, self._require_whole(checkpoint)
         self.recorder.resumed(self._complete_step, checkpoint)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -127,16 +126,19 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self._write(self.model, None)
         return step, self._complete if step > 0 else None
 
-    def _require_whole(self, checkpoint: Path) -> None:
-        """Look at every file, each rank at its share."""
+    def _require_whole(self, checkpoint: Path) -> int:
+        """Look at every file, each rank at its share; returns the step."""
+        step = 0
         try:
             manifest = checkpoints.read_manifest(checkpoint)
+            step = int(manifest["step"])
             why = self._difference(checkpoint, manifest)
         except CheckpointError as error:
             why = str(error)
         why = next((each for each in gather_object([why]) if each), None)
         if why:
             raise CheckpointError(f"nothing can go on from {checkpoint}: {why}")
+        return step
 
     def _difference(self, checkpoint: Path, manifest: Mapping[str, Any]) -> str | None:
         if checkpoint.name != f"checkpoint-{manifest['step']}":
@@ -290,14 +292,6 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             raise failure
         if said[0] is not None:
             raise CheckpointError(said[0])
-
-
-def step_of(checkpoint: Path) -> int:
-    """
-    >>> step_of(Path("checkpoints/checkpoint-20"))
-    20
-    """
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 class _StepEnds(TrainerCallback):  # type: ignore[misc]

@@ -3,7 +3,6 @@
 Nothing of the training state moves: random numbers are drawn from a fork with a seed of its own.
 """
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from r1zero.evaluation.benchmarks import subset as subset  # what is measured on, the same draw for every run
 from r1zero.evaluation.scores import Score, mean_score
 from r1zero.recipe import OwnKeys
 from r1zero.tasks import prompts as templates
@@ -22,13 +22,6 @@ from r1zero.training.recorder import prompt_text
 from r1zero.training.trainer import PolicyTrainer, seed_of
 
 SEED = 20261121  # of every measurement, so that two of them draw alike
-
-
-def subset(problems: list[Problem], count: int | None) -> list[Problem]:
-    """The `count` problems that every measurement of a run uses: a fixed draw, the same for every run."""
-    if count is None or count >= len(problems):
-        return problems
-    return random.Random(SEED).sample(problems, count)
 
 
 def measure(trainer: PolicyTrainer, problems: list[Problem], keys: OwnKeys, label: str) -> Score:

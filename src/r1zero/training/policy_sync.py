@@ -307,8 +307,8 @@ class SharedMemoryPublisher(WeightsPublisher):
 class HostCopy:
     """Copies tensors into CPU memory that is kept from one publish to the next, so each call overwrites the last one's.
 
-    Memory that is taken anew comes page by page when it is first written, and on virtual machines that give unused
-    memory back to their host this took seconds for an adapter of 240 MB; on a GPU it is pinned besides.
+    Memory that is taken anew comes page by page as it is first written, and pinning it for the copy from a GPU costs
+    again; kept, both are paid once.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

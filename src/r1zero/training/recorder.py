@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from r1zero.reporting import progress
-from r1zero.run_folder import RunFolder, append_json_line, drop_half_line, write_json
+from r1zero.run_folder import STOPPED_OUTCOME, RunFolder, append_json_line, drop_half_line, write_json, write_parquet
 
 # One row of rollouts/*.parquet, written by training and by measuring alike.
 ROLLOUT_SCHEMA = pa.schema(
@@ -41,14 +40,6 @@ def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
 def clipped(completion_ids: Sequence[int], eos_token_ids: Sequence[int]) -> bool:
     """Whether a completion was cut off before it ended by itself."""
     return not completion_ids or completion_ids[-1] not in eos_token_ids
-
-
-def write_rollouts(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rollouts whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=ROLLOUT_SCHEMA), aside, compression="zstd")
-    aside.replace(path)
 
 
 class Recorder:
@@ -128,14 +119,14 @@ class Recorder:
         if not self.active:
             return
         where = None if checkpoint is None else os.path.relpath(checkpoint, self.folder.path)
-        write_json(self.folder.summary, {"outcome": "stopped", "step": step, "checkpoint": where, "why": why})
+        write_json(self.folder.summary, {"outcome": STOPPED_OUTCOME, "step": step, "checkpoint": where, "why": why})
         self.phase(f"stopped at step {step}: {why}")
 
     def evaluation(self, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """One measurement: a line of metrics.jsonl, every completion in parquet."""
         if not self.active:
             return
-        write_rollouts(self.folder.rollouts(metrics["step"], "test"), rows)
+        write_parquet(self.folder.rollouts(metrics["step"], "test"), rows, ROLLOUT_SCHEMA)
         line = {"kind": "evaluation", "time": time.time(), **metrics}
         append_json_line(self.folder.metrics, line)
         self.say(progress.evaluation_line(line))
@@ -154,5 +145,5 @@ class Recorder:
     def flush_rollouts(self, step: int) -> None:
         """Write what `add_rollouts` gathered for this optimizer step, if anything."""
         if self.active and self._rollouts:
-            write_rollouts(self.folder.rollouts(step), self._rollouts)
+            write_parquet(self.folder.rollouts(step), self._rollouts, ROLLOUT_SCHEMA)
         self._rollouts = []
