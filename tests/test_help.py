@@ -1,8 +1,8 @@
 """--help is instant, and lists every key of ours."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -28,10 +28,11 @@ def test_help_lists_every_key_of_ours() -> None:
 
 
 def test_help_is_quick() -> None:
-    """The bound is the bar's; the best of five, since a busy machine says nothing about the program."""
+    """The bound is the bar's, of processor time: the clock on the wall tells what else the machine is doing."""
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, PROJECT / "launch/run.py", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.7

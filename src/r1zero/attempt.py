@@ -4,7 +4,6 @@ Whatever ends a run ends here: the trainer is done, something failed for good, a
 """
 
 import os
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -261,8 +260,7 @@ def _shared_secrets(planned: "Plan", supervisor: Supervisor) -> dict[str, str]:
     given = {name: os.environ.pop(name) for name in (TOKEN, PUBLISH_FOLDER) if name in os.environ}
     if not planned.servers:
         return given if planned.server_urls else {}
-    place = owned_servers.publish_folder(supervisor, planned.run_folder, not planned.publish_in_run_folder)
-    return {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(place)}
+    return owned_servers.environment(supervisor, planned.run_folder, one_node=not planned.publish_in_run_folder)
 
 
 @contextmanager

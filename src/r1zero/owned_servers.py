@@ -2,7 +2,9 @@
 published, when all of them are ready, and an eye on them from then on. A failure is the failure of their process.
 """
 
+import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,21 +12,32 @@ from pathlib import Path
 
 from r1zero.policy_server import ServerNotReady, wait_until_ready
 from r1zero.reporting.progress import duration
+from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from r1zero.supervisor import Supervisor
 from r1zero.watch import Client, Silent, Watch
 
+SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"
 MEMORY_FOLDER = Path("/dev/shm")
 LEAST_MEMORY_BYTES = 2**30  # a container gets 64 MiB by default, which weights do not fit into
 
 
-def publish_folder(supervisor: Supervisor, otherwise: Path, in_memory: bool = True) -> Path:
-    """A fresh folder for what is published, in memory where there is room, else in the folder `otherwise`.
+def environment(supervisor: Supervisor, otherwise: Path, one_node: bool = True) -> dict[str, str]:
+    """What servers and their clients know of each other, for their environment alone: no file and no argv has it.
+
+    A fresh token, and a fresh folder for what is published, in memory where there is room.
 
     Args:
-        in_memory: False where a server is on another node, which must reach the folder too.
+        supervisor: that starts them, and deletes the folders in the end.
+        otherwise: in which the folder is made where there is no room in memory.
+        one_node: False where a server is on another node, which must reach the folder too.
     """
     roomy = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free >= LEAST_MEMORY_BYTES
-    return supervisor.temporary_folder((MEMORY_FOLDER, otherwise) if roomy and in_memory else (otherwise,))
+    places = (MEMORY_FOLDER, otherwise) if roomy and one_node else (otherwise,)
+    env = {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(supervisor.temporary_folder(places))}
+    if one_node:
+        # Short, as a socket's path has at most 107 bytes; vLLM leaves its sockets behind where its engine is killed.
+        env[SOCKET_FOLDER] = str(supervisor.temporary_folder((Path(tempfile.gettempdir()),)))
+    return env
 
 
 def wait_until_all_ready(

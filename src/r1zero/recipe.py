@@ -181,6 +181,9 @@ class OwnKeys:
     )
     eval_samples: int = _key(1, "completions sampled for each held-out problem")
     eval_temperature: float = _key(1.0, "sampling temperature when measuring; 0 is greedy")
+    keep_best: bool = _key(
+        False, "keep the model that measured best so far in RUN_FOLDER/best, beside the final one; with eval_steps"
+    )
     accelerate_config: str | None = _key(
         None, "a name in accelerate_configs/ or a file; empty: cpu, single_gpu or ddp, as the number of processes says"
     )
@@ -834,6 +837,11 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     if recipe["eval_strategy"] not in ("no", "steps"):
         why = "held-out accuracy is measured by steps"
         yield Fault("eval_strategy", recipe["eval_strategy"], why, "use steps with eval_steps, or no")
+    if recipe.own.keep_best and (
+        recipe["eval_strategy"] != "steps" or recipe.own.eval_count == 0 or recipe.own.method != "grpo"
+    ):
+        why = "nothing is measured on the way, so there is none to keep"
+        yield Fault("keep_best", True, why, "add eval_strategy: steps and eval_steps, or drop keep_best")
 
 
 def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:

@@ -88,6 +88,11 @@ class RunFolder:
         """The final model (or adapter) with its tokenizer."""
         return self.path / "model"
 
+    @property
+    def best(self) -> Path:
+        """The model (or adapter) that measured best on the way, with its step and score in ``best.json``."""
+        return self.path / "best"
+
     def rollouts(self, step: int, split: str = "train") -> Path:
         """Parquet of the completions that optimizer step `step` learned from, or that an evaluation there sampled."""
         return self.path / "rollouts" / f"{split}-{step:06d}.parquet"

@@ -98,13 +98,13 @@ class Launched:
     ended: float
 
     @property
-    def secrets(self) -> tuple[str, Path] | None:
-        """The token and the publish folder; None where no trainer came so far."""
+    def secrets(self) -> tuple[str, Path, Path] | None:
+        """The token, the publish folder and that of vLLM's sockets; None where no trainer came so far."""
         file = self.notes / "secrets.json"
         if not file.exists():
             return None
-        token, publish = json.loads(file.read_text())
-        return token, Path(publish)
+        token, publish, sockets = json.loads(file.read_text())
+        return token, Path(publish), Path(sockets)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Of the metrics."""
@@ -139,8 +139,9 @@ class Launched:
         assert self.folder.recipe in files
         if self.secrets is None:
             return
-        token, publish = self.secrets
-        assert publish.name.startswith("r1zero-") and not publish.exists()
+        token, *folders = self.secrets
+        for folder in folders:
+            assert folder.name.startswith("r1zero-") and not folder.exists()
         assert not [path for path in files if token.encode() in path.read_bytes()]
 
     def assert_rollouts_are_of_their_step(self, steps: int) -> None:

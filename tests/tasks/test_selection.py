@@ -77,10 +77,10 @@ def test_commas_go_from_the_golds_of_gsm8k_only() -> None:
     assert select(task="math", dataset_name="hard").train[0].gold == "2,000"
 
 
-@pytest.mark.parametrize("words", [("--eval_count", "0"), ("--method", "sft")], ids=["eval_count 0", "sft"])
-def test_where_nothing_is_measured_no_test_split_is_needed(words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_where_nothing_is_measured_no_test_split_is_needed(method: str) -> None:
     Path("words", "test.jsonl").unlink()
-    found = select(*words, task="gsm8k", dataset_name="words")
+    found = select("--method", method, "--eval_count", "0", task="gsm8k", dataset_name="words")
     assert (len(found.train), found.test, found.notes) == (20, [], ())
 
 

@@ -212,13 +212,13 @@ def _questions(
 
 
 def _own_questions(recipe: Any, data: str | None, count: int | None) -> "list[Questions]":
-    """What a recipe measures on, also one of the cold start, which measures at its end."""
+    """What a recipe measures on, also one that measures nothing by itself."""
     from dataclasses import replace
 
     from r1zero.evaluation import benchmarks
     from r1zero.tasks import sources
 
-    asked = replace(recipe, own=replace(recipe.own, method="grpo", eval_count=None))
+    asked = replace(recipe, own=replace(recipe.own, eval_count=None))
     found = []
     for source in sources.measured_on(asked):
         place = source if data is None else replace(source, dataset_name=data, config=None)

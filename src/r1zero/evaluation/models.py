@@ -183,7 +183,8 @@ def _of(place: str, label: str, checkpoints: str, with_base: bool) -> list[Candi
         if (run / "recipe.yaml").is_file():
             recipe = _recipe(run / "recipe.yaml")
             step = step_of(folder)
-            named = label or (run.name if step is None else f"{run.name}@{step}")
+            which = "best" if folder.resolve() == RunFolder(run).best else step
+            named = label or (run.name if which is None else f"{run.name}@{which}")
             base = [_base_of(recipe, "")] if with_base else []
             return [*base, _made_by(RunFolder(run), recipe, folder, named, step)]
     if (folder / "adapter_config.json").is_file():

@@ -5,7 +5,6 @@ whole weights of the same shape are laid into the running server through shared 
 ends a completion goes with each request, so that it is the model's own whatever the server was started with.
 """
 
-import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -118,8 +117,7 @@ class ServerEngine:
         width = settings.tensor_parallel
         places = [tuple(range(at, at + width)) for at in range(0, self._gpus - width + 1, width)] or [()]
         ports = free_ports(len(places))
-        publish = owned_servers.publish_folder(self._supervisor, self._folder)
-        shared = {TOKEN: secrets.token_hex(32), PUBLISH_FOLDER: str(publish)}
+        shared = owned_servers.environment(self._supervisor, self._folder)
         servers: dict[str, str] = {}
         for gpus, port in zip(places, ports, strict=True):
             name = f"server-{self._started}"

@@ -163,7 +163,7 @@ def measured_on(recipe: "Recipe") -> tuple[Source, ...]:
     dataset, the one that `MEASURED_ON` names. Levels are never filtered: a score is one of the whole test set.
     """
     own = recipe.own
-    if own.method == "sft" or own.eval_count == 0:
+    if own.eval_count == 0:
         return ()
     split = recipe["dataset_test_split"]
     trained = trained_on(recipe)

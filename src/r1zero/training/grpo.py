@@ -23,7 +23,7 @@ from r1zero.tasks.problem import Problem
 from r1zero.tasks.selection import Selection
 from r1zero.training import arguments, data, held_out
 from r1zero.training.generation import PolicyServer, ServerSettings
-from r1zero.training.session import finish, leaving_when_asked, session, without_printer
+from r1zero.training.session import finish, keep_best, leaving_when_asked, session, without_printer
 from r1zero.training.trainer import PolicyTrainer
 
 PROBED_TOKENS = 512
@@ -157,12 +157,18 @@ class _Measurements:
         if trainer.resumed_at == step and step in self._recorded:
             return
         with trainer.clock.stopped():
-            self._measure(f"measuring at step {step}")
+            score = self._measure(f"measuring at step {step}")
+            self._keep(score)
         trainer.recorder.phase("training", step, trainer.state.max_steps, trainer.recorder.seconds_left)
 
     def after_training(self) -> None:
         if self._problems:
             self.scores["after"] = self._measure("measuring after training")
+            self._keep(self.scores["after"])
 
     def _measure(self, label: str) -> dict[str, Any]:
         return asdict(held_out.measure(self._trainer, self._problems, self._recipe.own, label))
+
+    def _keep(self, score: dict[str, Any]) -> None:
+        if self._recipe.own.keep_best:
+            keep_best(self._trainer.recorder, self._trainer, score)

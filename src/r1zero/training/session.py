@@ -1,6 +1,7 @@
 """What every trainer process does before and after it trains, whichever method."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from r1zero import checkpoints, run_folder
 from r1zero.recipe import Recipe
 from r1zero.reporting import trackers
-from r1zero.run_folder import RunFolder, write_json, write_yaml
+from r1zero.run_folder import RunFolder, read_json, write_json, write_yaml
 from r1zero.training.checkpoints import ResumableTrainer
 from r1zero.training.recorder import Recorder
 from r1zero.training.stopping import Stopped
@@ -71,10 +72,9 @@ def leaving_when_asked(recorder: Recorder, trainer: ResumableTrainer) -> Iterato
 def finish(recorder: Recorder, trainer: Any, began: float, summary: dict[str, Any]) -> None:
     """Save the final model and write how the run ended. A collective: saving gathers sharded weights."""
     recorder.phase("saving the model")
-    trainer.save_model(str(recorder.folder.model))
+    _save(trainer, recorder.folder.model)
     if not recorder.active:
         return
-    trainer.processing_class.save_pretrained(str(recorder.folder.model))
     write_json(
         recorder.folder.summary,
         {
@@ -86,6 +86,40 @@ def finish(recorder: Recorder, trainer: Any, began: float, summary: dict[str, An
         },
     )
     recorder.phase("done")
+
+
+def keep_best(recorder: Recorder, trainer: Any, score: dict[str, Any]) -> None:
+    """Keep the model in `RunFolder.best` where its mean is above that of the one kept there. A collective.
+
+    The one before stays whole until the new one is.
+    """
+    best = recorder.folder.best
+    kept = read_json(best / "best.json")
+    better: list[bool] = [kept is None or score["mean"] > kept["mean"]]
+    broadcast_object_list(better)  # one process looks: another might see the folder as it is being replaced
+    if not better[0]:
+        return
+    aside, before = best.with_name(".best.partial"), best.with_name(".best.before")
+    if recorder.active:
+        for leftover in (aside, before):
+            shutil.rmtree(leftover, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    _save(trainer, aside)
+    if not recorder.active:
+        return
+    write_json(aside / "best.json", {"step": trainer.state.global_step, **score})
+    if best.exists():
+        best.rename(before)
+    aside.rename(best)
+    shutil.rmtree(before, ignore_errors=True)
+    recorder.say(f"best so far: {100 * score['mean']:.1f} %, kept in {best}")
+
+
+def _save(trainer: Any, place: Path) -> None:
+    """Model and tokenizer. A collective: saving gathers sharded weights."""
+    trainer.save_model(str(place))
+    if trainer.accelerator.is_main_process:
+        trainer.processing_class.save_pretrained(str(place))
 
 
 def without_printer(trainer: Any) -> None:
