@@ -44,7 +44,7 @@ def test_the_model_that_measured_best_is_kept_beside_the_final_one(
 ) -> None:
     keys = OFTEN | {"keep_best": True, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
     recipe = write_recipe(tmp_path / "recipe.yaml", model, data, **keys)
-    code, _, out, err = train(recipe, "--output_dir", tmp_path / "run")
+    code, _, _, err = train(recipe, "--output_dir", tmp_path / "run")
     assert code == 0, err
     folder = RunFolder(tmp_path / "run")
     measured = [line for line in folder.read_metrics() if line["kind"] == "evaluation" and line["step"] > 0]
