@@ -3,12 +3,14 @@
 One run by hand measures on the way; one through the launcher, of the same recipe and seed, does not: both learn alike.
 """
 
+import itertools
 import json
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from r1zero import recipe as recipes
 from r1zero.evaluation.scores import mean_score
+from r1zero.reporting import metrics
 from r1zero.run_folder import RunFolder, read_json
 from r1zero.tasks import load_problems
 from r1zero.tasks.prompts import TEMPLATES
@@ -138,7 +141,14 @@ def test_a_line_of_metrics_for_each_step_with_where_its_time_went(by_hand: Run) 
         assert line["seconds/generate"] > 0.01
         assert line["seconds/step"] >= line["step_time"] * 0.9
         assert line["step"] < 3 or line["seconds_left"] == 0
+        assert not [name for name in line if name != "kind" and metrics.definition(name) is None]
     assert any(line["grad_norm"] > 0 for line in by_hand.steps)
+    tokens = [0.0, *(line["num_tokens"] for line in by_hand.steps)]
+    for (before, after), line in zip(itertools.pairwise(tokens), by_hand.steps, strict=True):
+        assert line["tokens_per_second"] * line["seconds/step"] == pytest.approx(after - before)
+        lengths = [row["length"] for row in rows(by_hand.folder.rollouts(line["step"]))]
+        assert line["completions/p50_length"] == median(lengths)
+        assert min(lengths) <= line["completions/p10_length"] <= line["completions/p90_length"] <= max(lengths)
 
 
 def test_every_rollout_is_written_and_graded_as_it_says(by_hand: Run, data: Path) -> None:

@@ -12,11 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from r1zero.training.recorder import Recorder
 
 
-def _peak_memory() -> dict[str, float]:
-    """The most that this process has held of its GPU so far, in GiB; nothing on a CPU."""
+def _memory() -> dict[str, float]:
+    """The most that this process has held of its GPU so far, and what that GPU has, in GiB; nothing on a CPU."""
     if not torch.cuda.is_available():
         return {}
-    return {"memory/peak_gib": torch.cuda.max_memory_reserved() / 2**30}
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return {"memory/peak_gib": torch.cuda.max_memory_reserved() / 2**30, "memory/total_gib": total / 2**30}
 
 
 class Clock:
@@ -86,17 +87,20 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
         self.recorder = recorder
         self.clock = clock
         self.last_step = 0
+        self._tokens = 0.0
         self._recent: deque[float] = deque(maxlen=20)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
         self.last_step = state.global_step
+        self._tokens = float(state.num_input_tokens_seen)
         self.clock.restart()
         self.recorder.phase("training", 0, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        self.recorder.flush_rollouts(state.global_step)
+        with self.clock.phase("record"):
+            self.recorder.flush_rollouts(state.global_step)
 
     def on_log(
         self,
@@ -110,9 +114,13 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
         if steps < 1 or logs is None or "train_runtime" in logs:
             return  # the closing summary of transformers' Trainer, not a step
         self.last_step = state.global_step
-        seconds = self.clock.read(steps) | _peak_memory()
+        seconds = self.clock.read(steps)
+        more = _memory()
+        if "num_tokens" in logs:
+            more["tokens_per_second"] = (logs["num_tokens"] - self._tokens) / (steps * seconds["seconds/step"])
+            self._tokens = logs["num_tokens"]
         self._recent.append(seconds["seconds/step"])
         left = sum(self._recent) / len(self._recent) * (state.max_steps - state.global_step)
-        self.recorder.step(
-            {"step": state.global_step, "steps": state.max_steps, **logs, **seconds, "seconds_left": round(left, 1)}
-        )
+        numbers = {"step": state.global_step, "steps": state.max_steps}
+        with self.clock.phase("record"):
+            self.recorder.step({**numbers, **logs, **seconds, **more, "seconds_left": round(left, 1)})

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
@@ -26,6 +27,8 @@ from r1zero.training.rollouts import InProcessRollouts, Rollouts
 from r1zero.training.sampler import WindowSampler
 from r1zero.training.stop_strings import StopStrings
 from r1zero.training.stopping import LOOK_S, any_rank
+
+LENGTH_QUANTILES = (0.1, 0.5, 0.9)
 
 
 class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
@@ -283,6 +286,9 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
     def _measure(self, rows: list[dict[str, Any]]) -> None:
         """The metrics of one generation that TRL does not know, from the rollouts of all processes."""
         metrics = self._metrics["train"]
+        lengths_of_all = np.quantile([row["length"] for row in rows], LENGTH_QUANTILES).tolist()
+        for quantile, length in zip(LENGTH_QUANTILES, lengths_of_all, strict=True):
+            metrics[f"completions/p{100 * quantile:.0f}_length"].append(length)
         for verdict in Verdict:
             metrics[f"verdict/{verdict.value}"].append(_mean([row["verdict"] == verdict.value for row in rows]))
         for source in sorted({row["source"] for row in rows}) if self.several_sources else ():
