@@ -47,4 +47,4 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy launch/run.py launch/grpo.py launch/sft.py launch/evaluate.py
+	$(BIN)/mypy launch/run.py launch/grpo.py launch/sft.py launch/evaluate.py launch/report.py

@@ -1,6 +1,7 @@
 """A plan becomes processes: preparations, policy servers, trainers, to the run's end; and how that end is told.
 
 Whatever ends a run ends here: the trainer is done, something failed for good, a signal came, or its time is over.
+`endings` tells of it.
 """
 
 import os
@@ -8,20 +9,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1zero import checkpoints, hardware, nodes, owned_servers, preemption, restarts, run_folder, slurm
+from r1zero import checkpoints, endings, hardware, nodes, owned_servers, preemption, restarts, run_folder, slurm
 from r1zero.agent import MeetingFailed, meeting_env
 from r1zero.policy_client import PolicyClient
 from r1zero.preemption import Notice, Preempted
-from r1zero.reporting.display import Display, ending
-from r1zero.reporting.progress import duration
+from r1zero.reporting.display import Display
+from r1zero.reporting.refresher import Refresher
 from r1zero.restarts import Failure, RunFailed
 from r1zero.run_folder import STOPPED_OUTCOME, RunFolder, read_json, write_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from r1zero.supervisor import SIGNALS, Interrupted, ProcessFailed, Supervisor, visible_gpus
+from r1zero.training import alarm
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 PREPARATION_TIMEOUT_S = 900.0
 LOOK = "preflight"  # the one preparation that makes nothing
+
+
+class Alarmed(Exception):
+    """An alarm that the recipe asked for (``stop_on``) has ended the run; its summary says which."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ def carry_out(planned: "Plan", place: Place) -> int:
 
     Returns:
         The exit code: 0, 1, 2 or `restarts.REFUSED` after a process that ended so, 128 + a signal's number, 0 after a
-        requeue, `preemption.STOPPED` where the run was stopped and nothing will start it again.
+        requeue, `preemption.STOPPED` where the run was stopped and nothing will start it again, `alarm.EXIT_CODE` after
+        an alarm.
     """
     folder, errors = place.folder, place.errors
     began = time.monotonic()
@@ -75,33 +82,39 @@ def carry_out(planned: "Plan", place: Place) -> int:
             gpus = tuple(gpu.name for node in planned.hardware.nodes for gpu in node.gpus)
             write_json(folder.versions, run_folder.versions(place.project, gpus))
             place.console.print(planned.render(), markup=False, soft_wrap=True)
-            with Display(place.console, folder) as display:
+            with Display(place.console, folder) as display, Refresher(folder.path) as refresher:
                 display.pass_over_what_is_there()
-                _Attempt(planned, place, supervisor, display).run()
+                _Attempt(planned, place, supervisor, display, refresher).run()
     except RunFailed as error:
         errors.print(error.error.log_end)
-        return _ended_badly(folder, "failed", str(error), restarts.exit_code(error.error), errors, error.failures)
+        return endings.badly(folder, "failed", str(error), restarts.exit_code(error.error), errors, error.failures)
     except ProcessFailed as error:
         errors.print(error.log_end)
-        return _ended_badly(folder, "failed", str(error), restarts.exit_code(error), errors)
+        return endings.badly(folder, "failed", str(error), restarts.exit_code(error), errors)
     except MeetingFailed as error:
-        return _ended_badly(folder, "failed", str(error), 1, errors)
+        return endings.badly(folder, "failed", str(error), 1, errors)
     except Interrupted as error:
-        return _ended_badly(folder, "interrupted", str(error), 128 + error.signum, errors)
+        return endings.badly(folder, "interrupted", str(error), 128 + error.signum, errors)
+    except Alarmed:
+        return endings.alarmed(folder, errors)
     except Preempted as error:
-        return _stopped(planned, place, str(error))
+        job = None if place.notice.at is None else place.job
+        return endings.stopped(folder, str(error), planned.recipe.own.max_requeues, job, errors)
     except BaseException as error:  # a full disk, or a bug of ours: the folder still says how the run ended
-        _ended_badly(folder, "failed", f"the launcher: {type(error).__name__}: {error}", 1, errors)
+        endings.badly(folder, "failed", f"the launcher: {type(error).__name__}: {error}", 1, errors)
         raise
-    _ended_well(folder, time.monotonic() - began, place.console)
+    endings.well(folder, time.monotonic() - began, place.console)
     return 0
 
 
 class _Attempt:
     """Preparations to their end; then policy servers and trainers, again after a failure, to the trainers' end."""
 
-    def __init__(self, planned: "Plan", place: Place, supervisor: Supervisor, display: Display) -> None:
+    def __init__(
+        self, planned: "Plan", place: Place, supervisor: Supervisor, display: Display, refresher: Refresher
+    ) -> None:
         self._planned, self._place, self._supervisor, self._display = planned, place, supervisor, display
+        self._refresher = refresher
         self._folder, self._notice, self._own = place.folder, place.notice, planned.recipe.own
 
     def run(self) -> None:
@@ -202,6 +215,7 @@ class _Attempt:
 
         Raises:
             Preempted: when they were asked to stop, and did or did not.
+            Alarmed: when they stopped by themselves.
         """
         planned, supervisor, display = self._planned, self._supervisor, self._display
         self._notice.check()
@@ -216,10 +230,13 @@ class _Attempt:
                 check()
                 stop.tick()
                 display.tick()
+                self._refresher.tick()
 
             for trainer in trainers:
                 supervisor.wait(trainer.name, on_tick=tick)
         summary = read_json(self._folder.summary) or {}
+        if summary.get("outcome") == alarm.OUTCOME:
+            raise Alarmed
         if summary.get("outcome") == STOPPED_OUTCOME:
             raise Preempted(str(summary.get("why")))
 
@@ -296,64 +313,3 @@ def _record_restart(folder: RunFolder, failure: Failure, number: int, most: int,
     run_folder.append_json_line(folder.metrics, line)
     status = {"phase": "restarting server and trainer", "done": 0, "total": 0, "seconds_left": None}
     write_json(folder.status, {**status, "restarts": number, "time": time.time()})
-
-
-def _stopped(planned: "Plan", place: Place, why: str) -> int:
-    """All processes have ended. Put the job back into the queue, where there is one and it still gets on."""
-    folder, errors = place.folder, place.errors
-    summary = preemption.write_stopped(folder, why)
-    by_hand = f"launch/run.py --resume {folder.path}"
-    where = f"at step {summary['step']}, {summary['checkpoint'] or 'no checkpoint'}"
-    errors.print(f"run folder: {folder.path}")
-    if place.notice.at is None or place.job is None:
-        errors.print(f"stopped: {why}; {where}; goes on with {by_hand}")
-        return preemption.STOPPED
-    most = planned.recipe.own.max_requeues
-    if (count := preemption.in_vain(folder)) >= most:
-        reason = f"{why}; {count} requeue(s) in a row have saved no step (max_requeues: {most}), so it is given up"
-        return _ended_badly(folder, "failed", reason, 1, errors)
-    if not_done := preemption.requeue(place.job, folder):
-        errors.print(f"stopped: {why}; {where}; scontrol requeue failed ({not_done}); goes on with {by_hand}")
-        return preemption.STOPPED
-    errors.print(f"stopped: {why}; {where}; job {place.job.id} is in the queue again and goes on from there")
-    return 0
-
-
-def _ended_well(folder: RunFolder, seconds: float, console: "Console") -> None:
-    summary = {
-        **(read_json(folder.summary) or {}),
-        "seconds_in_all": round(seconds, 1),
-        "restarts": sum(line["kind"] == "restart" for line in folder.read_metrics()),
-        "requeues": len(read_json(preemption.requeues_file(folder)) or []),
-    }
-    write_json(folder.summary, summary)
-    console.print()
-    console.print(ending(summary))
-    console.print(f"finished after {duration(seconds)}; look next at")
-    for what, where in (
-        ("the final model", folder.model),
-        ("every completion", folder.path / "rollouts"),
-        ("every step's metrics", folder.metrics),
-        ("what ran", folder.recipe),
-    ):
-        if where.exists():
-            console.print(f"  {what:<22}{where}", markup=False, soft_wrap=True)
-
-
-def _ended_badly(
-    folder: RunFolder,
-    outcome: str,
-    reason: str,
-    code: int,
-    errors: "Console",
-    failures: tuple[Failure, ...] = (),
-) -> int:
-    """Write the reason into the run folder, and say it in the very last line, which is where a log is looked at."""
-    said = {"outcome": outcome, "reason": reason}
-    write_json(folder.summary, {**said, "failures": [asdict(each) for each in failures]} if failures else said)
-    if len(failures) > 1:
-        for number, failure in enumerate(failures, 1):
-            errors.print(f"attempt {number} came to step {failure.step}: {failure.cause}")
-    errors.print(f"run folder: {folder.path}")
-    errors.print(f"error: the run {'was interrupted' if outcome == 'interrupted' else 'failed'}: {reason}")
-    return code

@@ -43,8 +43,12 @@ def main(project: Path) -> int:
         recipe cannot run, 3 when going on would have been wrong; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP; 138
         after SIGUSR1 where nothing will start it again by itself.
     """
-    arguments, overrides = _parser(_is_resuming(sys.argv[1:])).parse_known_args()
+    arguments, overrides = _parser(_names_a_run(sys.argv[1:])).parse_known_args()
     # Imported after parsing, so that --help is instant. None of these imports torch.
+    if arguments.status is not None or arguments.list is not None:
+        from r1zero.reporting import status
+
+        return status.main(arguments.status, arguments.list, overrides)
     from rich.console import Console
 
     from r1zero import preemption, slurm
@@ -220,12 +224,12 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _is_resuming(words: list[str]) -> bool:
-    """Whether a run folder is named instead of a recipe."""
-    return any(word == "--resume" or word.startswith("--resume=") for word in words)
+def _names_a_run(words: list[str]) -> bool:
+    """Whether a run folder is named instead of a recipe, or where runs lie."""
+    return any(word.partition("=")[0] in ("--resume", "--status", "--list") for word in words)
 
 
-def _parser(resuming: bool) -> argparse.ArgumentParser:
+def _parser(names_a_run: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/run.py",
         description="Train with a recipe: plan it, start the policy server and the trainer, watch them, stop them.",
@@ -233,12 +237,20 @@ def _parser(resuming: bool) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="launch/run.py {RECIPE | --resume RUN_FOLDER} [--check | --dry-run [--hardware NxG[:GIB]]] "
-        "[--key value ...]",
+        "[--key value ...]\n       launch/run.py {--status RUN_FOLDER | --list [RUNS_DIR]}",
     )
-    if not resuming:
+    if not names_a_run:
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/tiny/arithmetic_grpo.yaml")
     parser.add_argument(
         "--resume", type=Path, metavar="RUN_FOLDER", help="go on with this run, from its newest complete checkpoint"
+    )
+    parser.add_argument("--status", type=Path, metavar="RUN_FOLDER", help="say where this run stands, and what to do")
+    parser.add_argument(
+        "--list",
+        nargs="?",
+        const=recipes.own_keys()["runs_dir"].default,
+        metavar="RUNS_DIR",
+        help="a line for each run in this folder (default: %(const)s), newest first",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, touch nothing")
     parser.add_argument(

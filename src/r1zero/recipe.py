@@ -21,6 +21,7 @@ from r1zero import library_keys
 from r1zero.library_keys import LibraryKey
 from r1zero.policy_server import LORA_RANKS
 from r1zero.removed_keys import REMOVED
+from r1zero.reporting import ailments
 from r1zero.tasks import prompts, rewards, rows, sources
 from r1zero.tasks.answers import ANSWER_CHOICES, ANSWER_FORMATS
 from r1zero.tasks.decontamination import DEFAULT_NGRAM
@@ -168,6 +169,11 @@ class OwnKeys:
     )
     alert_timed_out: float = _key(
         0.01, "say so when the verifier gave up on a larger share of the answers of the last 10 generations; 1: never"
+    )
+    stop_on: list[str] | None = _key(
+        None,
+        "stop the run, with a checkpoint, when the doctor sees one of these in its metrics (docs/doctor.md): "
+        f"{', '.join(ailments.stoppable('grpo'))}; empty: never",
     )
     remove_commas: bool = _key(True, "drop thousands commas from gold and answer before they are compared")
     max_unreadable_golds: float = _key(
@@ -637,6 +643,11 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
         if getattr(own, key) <= 0:
             default = own_keys()[key].default
             yield Fault(key, getattr(own, key), "must be positive", f"{default:g} seconds is the default")
+    alarms = ailments.stoppable(own.method)
+    for name in own.stop_on or ():
+        if name not in alarms:
+            why = "is not an alarm" if own.method == "grpo" else f"is not an alarm of method {own.method}"
+            yield Fault("stop_on", name, why, f"one of: {', '.join(alarms)}")
     if own.max_restarts < 0:
         yield Fault("max_restarts", own.max_restarts, "cannot be negative", "0 never starts them again")
     if own.probe_tolerance <= 0:

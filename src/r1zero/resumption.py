@@ -11,7 +11,7 @@ from r1zero.slurm import Job
 MAY_CHANGE = frozenset(
     {
         *("server_ready_timeout", "server_silence_timeout", "generation_timeout", "publish_timeout"),
-        *("max_restarts", "max_requeues", "preemption_grace"),
+        *("max_restarts", "max_requeues", "preemption_grace", "stop_on"),
         *("save_steps", "save_total_limit", "logging_steps", "report_to", "runs_dir"),
         *("gpu_memory_limit", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "publish", "server_gpus"),
         *("gradient_checkpointing", "dataloader_num_workers"),

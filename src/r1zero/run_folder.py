@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class RunFolder:
 
     @property
     def versions(self) -> Path:
-        """Python, packages, git commit, host, GPUs and command line."""
+        """Python, packages, git commit, host, the process that began the run, GPUs and command line."""
         return self.path / "versions.json"
 
     @property
@@ -199,6 +200,7 @@ def versions(project: Path, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": sys.argv,
         "host": platform.node(),
+        "process": _this_process(),
         "system": platform.platform(),
         "cpu_count": os.cpu_count(),
         "gpus": list(gpus),
@@ -207,6 +209,19 @@ def versions(project: Path, gpus: tuple[str, ...] = ()) -> dict[str, Any]:
         "git_commit": _git(project, "rev-parse", "HEAD"),
         "git_dirty": bool(_git(project, "status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells later whether this process still lives: another one may have its pid by then."""
+    return {"pid": os.getpid(), "began": psutil.Process().create_time(), "namespace": pid_namespace()}
+
+
+def pid_namespace() -> str | None:
+    """What tells one container's pids from another's; None where there is nothing that does."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
 
 
 def _git(project: Path, *args: str) -> str | None:

@@ -1,6 +1,7 @@
 """What a person sees of a run folder, on a terminal and elsewhere."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def step(number: int) -> dict[str, Any]:
     return {"kind": "step", "step": number, "steps": 3, "reward": 0.1 * number, "seconds_left": 3 - number}
 
 
-def status(folder: RunFolder, phase: str, done: int = 0, total: int = 0) -> None:
-    run_folder.write_json(folder.status, {"phase": phase, "done": done, "total": total, "seconds_left": None})
+def status(folder: RunFolder, phase: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+    run_folder.write_json(folder.status, {"phase": phase, "done": done, "total": total, "seconds_left": left})
     if done == 0:
         run_folder.append_json_line(folder.metrics, {"kind": "phase", "phase": phase})
 
@@ -109,17 +110,26 @@ def test_a_tick_looks_at_most_twice_a_second(folder: RunFolder, monkeypatch: pyt
     assert written(console) == "one\ntwo\n"
 
 
-def test_on_a_terminal_the_steps_rewrite_one_line_and_the_rest_stays(
+def shown_by(renderable: RenderableType, width: int) -> list[str]:
+    """The words that stand on a terminal of this width, without the bar, which is drawn in colour alone."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False, color_system=None)
+    console.print(renderable)
+    lines = written(console).splitlines()
+    assert all(len(line) <= width for line in lines)
+    return [" ".join(re.sub("[━╸╺]", " ", line).split()) for line in lines]
+
+
+def test_on_a_terminal_a_bar_is_rewritten_and_the_rest_stays(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False, color_system=None)
-    shown: list[str] = []
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False, color_system=None)
+    shown: list[list[str]] = []
 
     class Recording(Live):
         """rich's Live, which draws four times a second, drawing each time that it is told something."""
 
         def update(self, renderable: RenderableType, *, refresh: bool = False) -> None:
-            shown.append(str(renderable))
+            shown.append(shown_by(renderable, 80))
             super().update(renderable, refresh=True)
 
     monkeypatch.setattr(module, "Live", Recording)
@@ -131,20 +141,31 @@ def test_on_a_terminal_the_steps_rewrite_one_line_and_the_rest_stays(
         display.finish()
         for number in (1, 2):
             run_folder.append_json_line(folder.metrics, step(number))
+            status(folder, "training", number, 3, 3.0 - number)
             display.finish()
         status(folder, "saving the model")
         display.finish()
     assert shown == [
-        "measuring  3/9",
-        "training  0/3",
-        "step 1/3  reward 0.100  left 2.0 s",
-        "step 2/3  reward 0.200  left 1.0 s",
-        "saving the model",
+        ["measuring 3/9"],
+        ["training 0/3"],
+        ["training 1/3 left 2.0 s", "reward 0.100"],
+        ["training 2/3 left 1.0 s", "reward 0.200"],
+        ["saving the model"],
     ]
     text = written(console)
     assert "\x1b[" in text
     assert text.count(MEASURED + "\n") == 1
-    assert all(each in text for each in shown)
+    assert "step 1/3" not in text
+
+
+def test_the_time_left_is_counted_down_and_seen_in_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0)
+    status = {"phase": "training", "done": 1234, "total": 5000, "seconds_left": 7400.0, "time": 900.0}
+    figures = "reward 0.797  length 2034  publish 10.20 s  probe 0.10 s  generate 101.36 s  train 99.59 s"
+    for width in (60, 80, 160):
+        bar, *rest = shown_by(module.Progress(status, figures), width)
+        assert bar == "training 1234/5000 left 2 h 1 min"
+        assert " ".join(rest).split() == figures.split()
 
 
 def test_the_closing_table() -> None:

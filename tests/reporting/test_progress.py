@@ -42,15 +42,15 @@ STEP = {
     [
         (
             {},
-            "step   7/110  reward 0.123  length 32  publish 0.01 s  generate 0.46 s  train 1.00 s  left 1 min 15 s",
+            "step   7/110  reward 0.123  length 32  left 1 min 15 s  publish 0.01 s  generate 0.46 s  train 1.00 s",
         ),
         (
             {"seconds/publish": None, "reward": 0.0},
-            "step   7/110  reward 0.000  length 32  generate 0.46 s  train 1.00 s  left 1 min 15 s",
+            "step   7/110  reward 0.000  length 32  left 1 min 15 s  generate 0.46 s  train 1.00 s",
         ),
         (
             {"reward": None, "completions/mean_length": None, "seconds/generate": None, "seconds/publish": None},
-            "step   7/110  loss 0.5000  train 1.00 s  left 1 min 15 s",
+            "step   7/110  loss 0.5000  left 1 min 15 s  train 1.00 s",
         ),
     ],
     ids=["grpo", "grpo without a server, nothing right", "sft"],
@@ -58,6 +58,12 @@ STEP = {
 def test_step_line(changes: dict[str, Any], line: str) -> None:
     assert step_line({**STEP, **changes}) == line
     assert step_line({key: value for key, value in {**STEP, **changes}.items() if value is not None}) == line
+
+
+def test_the_longest_line_has_its_time_left_in_80_columns() -> None:
+    longest = {"step": 9999, "steps": 10000, "reward": -0.123, "completions/mean_length": 32768, "seconds_left": 360000}
+    line = step_line({**STEP, **longest})
+    assert line.index("left 100 h 0 min") + len("left 100 h 0 min") <= 80
 
 
 def test_a_step_that_could_compute_nothing_still_has_a_line() -> None:

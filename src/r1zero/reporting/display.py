@@ -3,8 +3,9 @@
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -13,13 +14,16 @@ from r1zero.run_folder import RunFolder, read_json
 
 
 class Display:
-    """On a terminal one line that is rewritten as the run goes; elsewhere (a file, a Slurm log) a plain line a step."""
+    """On a terminal a bar with the time left; elsewhere (a file, a Slurm log) a plain line a step.
+
+    What stays is the same on both, but for the steps' lines.
+    """
 
     def __init__(self, console: Console, folder: RunFolder) -> None:
         self.console = console
         self.folder = folder
         self._offset = 0
-        self._line = ""
+        self._step: dict[str, Any] = {}
         self._next_read = 0.0
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
@@ -70,12 +74,44 @@ class Display:
             elif metrics["kind"] == "resume":
                 self.say(progress.resume_line(metrics))
             elif self._live:
-                self._line = progress.step_line(metrics)
+                self._step = metrics
             else:
                 self.say(progress.step_line(metrics))
         status = read_json(self.folder.status)
-        if status is not None:
-            self.now(self._line if status["phase"] == "training" and self._line else progress.phase_line(status))
+        if self._live and status is not None:
+            figures = progress.figures_line(self._step) if self._step and status["phase"] == "training" else ""
+            self._live.update(Progress(status, figures))
+
+
+class Progress:
+    """How far a phase is, the time left counted down between two words of the run on it; below it the last step.
+
+    Args:
+        status: as status.json has it.
+        figures: of the last step; empty before it.
+    """
+
+    def __init__(self, status: dict[str, Any], figures: str) -> None:
+        self._status, self._figures = status, figures
+
+    def __rich__(self) -> RenderableType:
+        status, phase = self._status, Text(self._status["phase"], no_wrap=True, overflow="ellipsis")
+        if not status.get("total"):
+            return phase
+        line = Table.grid(padding=(0, 2), expand=True)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        line.add_column(no_wrap=True)
+        left = ""
+        if status.get("seconds_left") is not None:
+            since = time.time() - status.get("time", time.time())
+            left = f"left {progress.duration(max(0.0, status['seconds_left'] - max(0.0, since)))}"
+        bar = ProgressBar(total=status["total"], completed=status["done"])
+        line.add_row(phase, bar, f"{status['done']}/{status['total']}", left)
+        if not self._figures:
+            return line
+        return Group(line, Text(self._figures))
 
 
 def ending(summary: dict[str, Any]) -> Table:

@@ -18,23 +18,34 @@ def duration(seconds: float) -> str:
 
 
 def step_line(metrics: Mapping[str, Any]) -> str:
-    """The line of one optimizer step.
+    """The line of one optimizer step. What matters most is in its first 80 columns.
 
     Args:
         metrics: a line of metrics.jsonl with ``kind`` "step".
     """
-    words = [f"step {metrics['step']:>{len(str(metrics['steps']))}}/{metrics['steps']}"]
+    step = f"step {metrics['step']:>{len(str(metrics['steps']))}}/{metrics['steps']}"
+    return "  ".join([step, *_figures(metrics), f"left {duration(metrics['seconds_left'])}", *_seconds(metrics)])
+
+
+def figures_line(metrics: Mapping[str, Any]) -> str:
+    """What `step_line` says beside the progress, which a bar may show instead."""
+    return "  ".join([*_figures(metrics), *_seconds(metrics)])
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[str]:
+    words = []
     if metrics.get("reward") is not None:
         words.append(f"reward {metrics['reward']:.3f}")
     elif metrics.get("loss") is not None:
         words.append(f"loss {metrics['loss']:.4f}")
     if metrics.get("completions/mean_length") is not None:
         words.append(f"length {metrics['completions/mean_length']:.0f}")
-    for phase in ("publish", "probe", "generate", "train"):
-        if metrics.get(f"seconds/{phase}"):
-            words.append(f"{phase} {metrics[f'seconds/{phase}']:.2f} s")
-    words.append(f"left {duration(metrics['seconds_left'])}")
-    return "  ".join(words)
+    return words
+
+
+def _seconds(metrics: Mapping[str, Any]) -> list[str]:
+    phases = ("publish", "probe", "generate", "train")
+    return [f"{name} {metrics[f'seconds/{name}']:.2f} s" for name in phases if metrics.get(f"seconds/{name}")]
 
 
 def phase_line(status: Mapping[str, Any]) -> str:

@@ -1,10 +1,20 @@
-"""When a share of the verdicts says that something is wrong, said once and not at every step."""
+"""What is said, once and not at every step, when a share of the verdicts is wrong; and what ends a run by itself.
 
+No torch: the launcher has the outcome and the exit code of such an end from here.
+"""
+
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from r1zero.reporting.ailments import RECENT, Signs
+from r1zero.reporting.doctor import Finding, look_for
+from r1zero.run_folder import RunFolder
+
 WINDOW = 10  # generations; one alone says little where a batch is small
+OUTCOME = "alarm"  # of a run that an alarm of stop_on has ended
+EXIT_CODE = 4  # of the launcher then: neither a failure nor a request, and nothing starts it again by itself
 
 _MEANING = {
     "unparsed": "have no answer that could be read",
@@ -63,3 +73,50 @@ class Alarm:
             f"{100 * share:.1f} % of the completions of the last {WINDOW} generations {_MEANING[self.verdict]} "
             f"(alert_{self.verdict} = {self.threshold}); {_REMEDY[self.verdict]}"
         )
+
+
+class StopAlarms:
+    """The alarms that ``stop_on`` names: rules of the doctor, looked at after each step that is logged.
+
+    A run that was resumed is let alone for `RECENT` steps, but for nan: whoever resumed it knew of the alarm, and has
+    changed something or means to go on.
+
+    Args:
+        names: of ailments.
+        recipe: flat, as the doctor reads it.
+        folder: the run's, whose metrics tell of the steps before a resume.
+    """
+
+    def __init__(self, names: Sequence[str], recipe: Mapping[str, Any], folder: RunFolder) -> None:
+        self.names = tuple(names)
+        self._recipe, self._folder = recipe, folder
+        self._steps: list[dict[str, Any]] | None = None
+        self._resumed_with = 0
+
+    @property
+    def on_nan(self) -> bool:
+        """Whether weights that are no numbers are not to be saved."""
+        return "nan" in self.names
+
+    def look(self, metrics: Mapping[str, Any]) -> Finding | None:
+        """What has come up with this step; the first of `names` that has. For the main process alone.
+
+        Args:
+            metrics: of the step, with its number as ``step``.
+        """
+        if self._steps is None:
+            recorded = [line for line in self._folder.read_metrics() if line["kind"] == "step"]
+            self._steps = [line for line in recorded if line["step"] < metrics["step"]]
+            self._resumed_with = len(self._steps)
+        self._steps.append(
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        )
+        signs = Signs(self._recipe, self._steps)
+        settled = self._resumed_with == 0 or len(self._steps) - self._resumed_with >= RECENT
+        found = (look_for(name, signs) for name in self.names if settled or name == "nan")
+        return next((finding for finding in found if finding), None)
+
+
+def summary_of(finding: Finding) -> dict[str, str]:
+    """What summary.json says of a run that this has ended."""
+    return {"outcome": OUTCOME, "alarm": finding.name, "evidence": finding.evidence, "remedy": finding.remedy}

@@ -27,12 +27,14 @@ def config_for(recipe: Recipe, folder: RunFolder) -> GRPOConfig | SFTConfig:
         values.setdefault("bf16", cuda)
     values.setdefault("logging_steps", 1)
     values.setdefault("run_name", folder.path.name)
+    values.setdefault("project", "r1zero")
     values.update(
         output_dir=str(folder.checkpoints),
         disable_tqdm=True,
         eval_strategy="no",
         eval_on_start=False,
-        report_to=trackers.chosen(recipe.library.get("report_to")),
+        # The recorder reports to W&B itself, under the names of metrics.jsonl.
+        report_to=[name for name in trackers.chosen(recipe.library.get("report_to")) if name != "wandb"],
     )
     values["model_init_kwargs"] = {**_model_init(recipe), **(values.get("model_init_kwargs") or {})}
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))

@@ -7,7 +7,7 @@ logged yet), whether what it wrote arrived, and a word where something is missin
 
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from r1zero import checkpoints
 from r1zero.checkpoints import CheckpointError
+from r1zero.reporting import trackers
+from r1zero.training.alarm import StopAlarms
 from r1zero.training.clock import Clock, StepRecorder
 from r1zero.training.recorder import Recorder
-from r1zero.training.stopping import StopRequest
+from r1zero.training.stopping import StopRequest, any_rank
 
 PROGRESS = "progress_{}.pt"  # what lies between two steps, of each rank
 
@@ -40,6 +42,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         recorder: where metrics go.
         clock: where a step's time went.
         stop_request: whether somebody asked the run to stop.
+        stop_alarms: what ends the run by itself; None: nothing.
+        weights_lost: whether the weights are no numbers any more; looked at where ``stop_on`` names nan.
         at_step_end: called with each step once it is recorded and, where it is to be, saved; after a resume at first
             with the step that was resumed at. Training goes on when it returns.
     """
@@ -47,6 +51,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     recorder: Recorder
     clock: Clock
     stop_request: StopRequest
+    stop_alarms: StopAlarms | None = None
+    weights_lost = False
     _complete_step = 0  # the last step of which a complete checkpoint is there
     _complete: Path | None = None
     _resumed: Path | None = None
@@ -66,6 +72,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._steps = StepRecorder(recorder, self.clock)
         self.add_callback(self._steps)
         self.add_callback(_StepEnds(self))
+        handler = self.callback_handler
+        handler.callbacks = trackers.guarded(handler.callbacks, self.args.report_to, recorder.say)
+        self.args.report_to = []  # TRL writes to some by itself, also before they are open and after they are closed
 
     @property
     def resumed_at(self) -> int | None:
@@ -116,10 +125,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """Leave a complete checkpoint of the state after the last optimizer step. A collective.
 
         Returns:
-            That step, and the checkpoint; None before the first step.
+            That step, and the checkpoint; None before the first step. Of weights that may not be saved, the newest one
+            that this process knows of.
         """
         step = self.state.global_step
-        if step > 0 and self._complete_step != step:
+        if step > 0 and self._complete_step != step and self._may_be_saved():
             self._stopping = True
             _set_random(self._random)
             self.state.num_input_tokens_seen = self._between["tokens_seen"]
@@ -206,6 +216,35 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             sampler.set_epoch(epoch)
         super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
+    # Alarms.
+
+    def watch_for(self, names: Sequence[str] | None, recipe: Mapping[str, Any]) -> None:
+        """End the run by itself where one of these (``stop_on``) comes up; after `begin_recording`."""
+        if names:
+            self.stop_alarms = StopAlarms(names, recipe, self.recorder.folder)
+
+    def look_at_alarms(self, metrics: Mapping[str, Any]) -> None:
+        """End the run, with a checkpoint of this step, where one of ``stop_on`` has come up. A collective.
+
+        Called when the step is on record, and before it is saved.
+        """
+        if self.stop_alarms is None or (self.control.should_training_stop and self._stopping):
+            return
+        finding = self.stop_alarms.look(metrics) if self.accelerator.is_main_process else None
+        if any_rank(self.accelerator, finding is not None)[0]:
+            if finding is not None:
+                self.recorder.alert(self.state.global_step, f"stop_on {finding.name}: {finding.evidence}")
+            self.stop_request.raise_alarm(finding)
+            self._stopping = self.control.should_save = self.control.should_training_stop = True
+
+    def _may_be_saved(self) -> bool:
+        """Whether the weights are numbers, where ``stop_on`` watches that: what is kept is sound. A collective."""
+        if self.stop_alarms is None or not self.stop_alarms.on_nan:
+            return True
+        shards = (getattr(each, "ds_tensor", each).detach() for each in self.model.parameters() if each.requires_grad)
+        self.weights_lost = any_rank(self.accelerator, not all(bool(torch.isfinite(each).all()) for each in shards))[0]
+        return not self.weights_lost
+
     # Writing.
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -213,8 +252,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return str(self._aside) if self._aside else super()._get_output_dir(trial)  # type: ignore[no-any-return]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.note()
-        self._write(model, trial)
+        if self._may_be_saved():
+            self.note()
+            self._write(model, trial)
 
     def _write(self, model: Any, trial: Any) -> None:
         """Write a checkpoint of this step, aside until it is complete. A collective.
@@ -305,6 +345,17 @@ class _StepEnds(TrainerCallback):  # type: ignore[misc]
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._on_the_way = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is not None and "train_runtime" not in logs:
+            self.trainer.look_at_alarms({"step": state.global_step, **logs})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer._on_the_way = False

@@ -63,6 +63,7 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
         )
         with contextlib.closing(trainer):
             without_printer(trainer)
+            trainer.watch_for(recipe.own.stop_on, recipe.resolved())
             measurements = _Measurements(trainer, test, recipe)
             with leaving_when_asked(recorder, trainer):
                 measurements.before_training(resume)

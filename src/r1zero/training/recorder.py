@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from r1zero.reporting import progress
+from r1zero.reporting.trackers import WandbRun
 from r1zero.run_folder import STOPPED_OUTCOME, RunFolder, append_json_line, drop_half_line, write_json, write_parquet
 
 # One row of rollouts/*.parquet, written by training and by measuring alike.
@@ -49,6 +50,7 @@ class Recorder:
         active: whether this is the process that writes.
         restarts: how often this run was started again.
         seconds_left: of training, as of the last recorded step; None before the first.
+        tracker: is given what is recorded of steps and evaluations; None: nothing is.
     """
 
     def __init__(self, folder: RunFolder, active: bool) -> None:
@@ -58,6 +60,7 @@ class Recorder:
             drop_half_line(folder.metrics)  # of a process that was killed
         self.restarts = sum(line["kind"] == "restart" for line in folder.read_metrics()) if active else 0
         self.seconds_left: float | None = None
+        self.tracker: WandbRun | None = None
         self._phase_began = time.monotonic()
         self._rollouts: list[dict[str, Any]] = []
 
@@ -95,6 +98,8 @@ class Recorder:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         line = {"kind": "step", "time": time.time(), **clean}
         append_json_line(self.folder.metrics, line)
+        if self.tracker is not None:
+            self.tracker.record(line)
         self.seconds_left = metrics["seconds_left"]
         self.phase("training", metrics["step"], metrics["steps"], metrics["seconds_left"])
         self.say(progress.step_line(line))
@@ -114,12 +119,15 @@ class Recorder:
         append_json_line(self.folder.metrics, line)
         self.say(progress.resume_line(line))
 
-    def stopped(self, step: int, checkpoint: Path | None, why: str) -> None:
-        """The run leaves off here, to be resumed."""
+    def stopped(self, step: int, checkpoint: Path | None, why: str, more: Mapping[str, Any] | None = None) -> None:
+        """The run leaves off here, to be resumed; `more` is what the summary says besides."""
         if not self.active:
             return
         where = None if checkpoint is None else os.path.relpath(checkpoint, self.folder.path)
-        write_json(self.folder.summary, {"outcome": STOPPED_OUTCOME, "step": step, "checkpoint": where, "why": why})
+        write_json(
+            self.folder.summary,
+            {"outcome": STOPPED_OUTCOME, "step": step, "checkpoint": where, "why": why, **(more or {})},
+        )
         self.phase(f"stopped at step {step}: {why}")
 
     def evaluation(self, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -129,6 +137,8 @@ class Recorder:
         write_parquet(self.folder.rollouts(metrics["step"], "test"), rows, ROLLOUT_SCHEMA)
         line = {"kind": "evaluation", "time": time.time(), **metrics}
         append_json_line(self.folder.metrics, line)
+        if self.tracker is not None:
+            self.tracker.record(line)
         self.say(progress.evaluation_line(line))
 
     def alert(self, step: int, message: str) -> None:
@@ -146,4 +156,6 @@ class Recorder:
         """Write what `add_rollouts` gathered for this optimizer step, if anything."""
         if self.active and self._rollouts:
             write_parquet(self.folder.rollouts(step), self._rollouts, ROLLOUT_SCHEMA)
+            if self.tracker is not None:
+                self.tracker.rollouts(step, self._rollouts)
         self._rollouts = []

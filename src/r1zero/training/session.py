@@ -46,7 +46,8 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
         write_json(recorder.folder.versions, run_folder.versions(project))
         recorder.say(f"run folder: {recorder.folder.path}")
     if recorder.active and "wandb" in trackers.chosen(recipe.library.get("report_to")):
-        recorder.say(trackers.start_wandb(recorder.folder.path, recipe.resolved()))
+        recorder.tracker = trackers.WandbRun(recorder.folder.path, recorder.say)
+        recorder.tracker.start(recipe.resolved())
     if recorder.active:
         checkpoints.remove_leftovers(recorder.folder.checkpoints)
     recorder.phase("loading model and data")
@@ -57,6 +58,8 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
         # and waits for that thread, for ever (torch 2.13, ~ProcessGroupGloo under ~Reducer). So it is let finish first.
         time.sleep(SETTLE_S)
         state.destroy_process_group()
+        if recorder.tracker is not None:
+            recorder.tracker.finish((read_json(recorder.folder.summary) or {}).get("outcome"))
 
 
 @contextmanager
@@ -66,7 +69,8 @@ def leaving_when_asked(recorder: Recorder, trainer: ResumableTrainer) -> Iterato
         yield
     except Stopped as stopped:
         step, checkpoint = trainer.leave()
-        recorder.stopped(step, checkpoint, str(stopped))
+        lost = "; the weights after it are no numbers and were not kept" if trainer.weights_lost else ""
+        recorder.stopped(step, checkpoint, f"{stopped}{lost}", stopped.summary)
 
 
 def finish(recorder: Recorder, trainer: Any, began: float, summary: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
         )
         without_printer(trainer)
         trainer.begin_recording(recorder)
+        trainer.watch_for(recipe.own.stop_on, recipe.resolved())
         with leaving_when_asked(recorder, trainer):
             trainer.resume(resume)
             trainer.stop_request.check()

@@ -1,16 +1,27 @@
 """The request to stop soon, as the trainer's processes see it: they look together, and leave together."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from r1zero.reporting.doctor import Finding
 from r1zero.run_folder import RunFolder, read_json
+from r1zero.training import alarm
 
 LOOK_S = 1.0  # seconds between looks while waiting for something else
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and this is a place where it can; the message says why it was asked."""
+    """The run was asked to stop, and this is a place where it can; the message says why it was asked.
+
+    Attributes:
+        summary: what summary.json says of it besides.
+    """
+
+    def __init__(self, why: str, summary: Mapping[str, Any] | None = None) -> None:
+        super().__init__(why)
+        self.summary = summary or {}
 
 
 class StopRequest:
@@ -24,6 +35,7 @@ class StopRequest:
     def __init__(self, folder: RunFolder, accelerator: Any) -> None:
         self._folder, self._accelerator = folder, accelerator
         self._asked = False
+        self._finding: Finding | None = None
 
     def asked(self) -> bool:
         """Whether to stop. A collective."""
@@ -34,6 +46,10 @@ class StopRequest:
         if self._accelerator.is_main_process and not self._asked:
             self._asked = self._folder.stop.exists()
         return self._asked
+
+    def raise_alarm(self, finding: Finding | None) -> None:
+        """Ask from within, on all processes at once, since one of ``stop_on`` came up; only the main one knows what."""
+        self._asked, self._finding = True, finding
 
     def check(self) -> None:
         """Stop here if asked to. A collective.
@@ -46,6 +62,9 @@ class StopRequest:
 
     def stopped(self) -> Stopped:
         """The error that ends the work here."""
+        if self._finding is not None:
+            why = f"alarm {self._finding.name}: {self._finding.what}; {self._finding.evidence}"
+            return Stopped(why, alarm.summary_of(self._finding))
         request = read_json(self._folder.stop) or {}
         return Stopped(str(request.get("why", "it was asked to")))
 
