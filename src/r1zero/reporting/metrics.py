@@ -1,7 +1,7 @@
 """Every number of metrics.jsonl, defined once: name, unit, meaning, where it is computed. No torch.
 
 docs/metrics.md is this table (``python -m r1zero.reporting.metrics > docs/metrics.md``), and a test holds the two
-together, and both to the lines that a real run writes. W&B, TensorBoard and trackio show the same names.
+together, and both to the lines that a real run writes.
 """
 
 import sys
@@ -17,9 +17,10 @@ RECORDER, PUBLISH = "training/recorder.py", "training/generation.py"
 INTRODUCTION = """\
 # Metrics
 
-One line of `metrics.jsonl` for each optimizer step (`kind: step`) and each measurement (`kind: evaluation`); W&B,
-TensorBoard and trackio show the same names. Mean over all processes unless it says otherwise. A number that could not
-be computed is null; one that does not apply is left out. `python -m r1zero.reporting.metrics` writes this page."""
+One line of `metrics.jsonl` for each optimizer step (`kind: step`) and each measurement (`kind: evaluation`). W&B shows
+the same names, measurements under `evaluation/`; TensorBoard and trackio have those of TRL and transformers under
+`train/`. Mean over all processes unless it says otherwise. A number that could not be computed is null; one that does
+not apply is left out. `python -m r1zero.reporting.metrics` writes this page."""
 OTHER_KINDS = """\
 Other kinds of lines: `phase` (what goes on), `alert`, `restart` (server and trainer were started again, with the
 cause), `resume` (the run went back to a checkpoint: later steps on record before this line do not count).
