@@ -89,7 +89,7 @@ def test_a_run_that_goes_on(tmp_path: Path, run: Run) -> None:
     assert re.match(rf"running on {platform.node()}, pid {os.getpid()}, begun 1 min 4\d s ago$", words["state"])
     assert re.match(r"training 3/9, left 1 min (2\d|30) s$", words["phase"])
     assert words["step"] == "3 of 9 (33 %)"
-    assert words["reward"].startswith("0.300 at step 3, spread within a group 0.3")
+    assert words["reward"].startswith("0.300 at step 3 +- 0.3")
     assert words["held out"] == "40.0 % [36.0, 44.0] at step 2"
     assert words["logs"].startswith(f"{folder.logs / 'trainer.log'}, written ")
     assert words["logs"].endswith("; beside it model.log")
@@ -169,7 +169,7 @@ def test_a_run_that_said_how_it_ended(
     answer = run("--status", folder.path)
     words = said(answer)
     assert words["state"].startswith(f"{state} on {platform.node()}, ")
-    assert words["error"] == error
+    assert words["why" if state == "stopped" else "error"] == error
     assert words["next"].startswith(to_do)
     assert f"python launch/run.py --resume {folder.path}" in answer.out
 

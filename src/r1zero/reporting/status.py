@@ -362,7 +362,7 @@ def lines(run: Standing, now: float) -> Iterator[str]:
         ("held out", _score(run.newest.get("evaluation"))),
         ("alert", _at(run, "alert", "message")),
         ("restart", _at(run, "restart", "cause")),
-        ("error", _error(run)),
+        ("why" if run.state in ("stopped", "queued") else "error", _error(run)),
         ("logs", _said_logs(run, now)),
         *(("doctor", text) for text in _doctor(run)),
         *(("next", text) for text in _next(run)),
@@ -395,7 +395,7 @@ def _said_phase(run: Standing) -> str:
 def _reward(run: Standing) -> str:
     step = run.newest.get("step", {})
     if step.get("reward") is not None:
-        spread = f", spread within a group {step['reward_std']:.3f}" if step.get("reward_std") is not None else ""
+        spread = f" +- {step['reward_std']:.3f}" if step.get("reward_std") is not None else ""
         return f"{step['reward']:.3f} at step {run.step}{spread}"
     return f"none; loss {step['loss']:.4f} at step {run.step}" if step.get("loss") is not None else ""
 
