@@ -207,7 +207,7 @@ class ServerEngine:
 
     def _base(self, candidate: Candidate, on_progress: OnProgress) -> str:
         """What the servers load: for an adapter that was trained on 4 bits, that rounded base; made where it is not."""
-        if not candidate.rounded or candidate.recipe is None or candidate.recipe.own.server_base == "unrounded":
+        if not candidate.rounded:
             return candidate.base
         on_progress("rounding the base to the trainer's 4 bits", 0, 0)
         return rounded_base(candidate)
