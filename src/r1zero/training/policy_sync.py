@@ -630,6 +630,8 @@ def _scaling(policy: Any) -> float:
     Raises:
         PublishError: it cannot be folded, since layers differ in it or the adapter is more than A and B.
     """
+    from peft.tuners.lora import LoraLayer
+
     config = policy.peft_config[ADAPTER]
     for key, what in (
         ("use_dora", "DoRA's magnitudes"),
@@ -642,7 +644,8 @@ def _scaling(policy: Any) -> float:
             raise PublishError(f"publish = 'folded': {what} ({key}) cannot be folded; set it to adapter")
     if config.bias != "none":
         raise PublishError(f"publish = 'folded': trained biases (bias = {config.bias!r}) cannot be folded; use none")
-    found = {float(each.scaling[ADAPTER]) for each in policy.modules() if ADAPTER in getattr(each, "scaling", {})}
+    layers = (each for each in policy.modules() if isinstance(each, LoraLayer) and ADAPTER in each.scaling)
+    found = {float(each.scaling[ADAPTER]) for each in layers}
     if len(found) != 1:
         raise PublishError(
             f"publish = 'folded': one scaling is folded, and the adapter's layers have {sorted(found)}; leave out "
