@@ -6,8 +6,9 @@ where they lie, so CUDA graphs and compiled code see them, and all that both sha
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,15 +57,27 @@ class FoldedEngine(WeightTransferEngine[FoldedInit, FoldedUpdate]):  # type: ign
     update_info_cls = FoldedUpdate
     supports_draft_weight_update = False
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._layers = dict(self.model.named_modules())
-        self._packed = dict(getattr(self.model, "packed_modules_mapping", {}))
-        self._unpacked: dict[str, torch.Tensor] = {}  # on a CPU
-        # It makes its clean copy at the first publish, and keeps it for good: in a server that outlives its trainer the
-        # weights are no longer clean. Not before, so that how vLLM measures its memory says nothing of it: it is the
-        # plan that leaves room for it.
-        self._folding = Folding(self._layers, self._packed, self._weight, self._keep)
+    @cached_property
+    def _folding(self) -> Folding:
+        """It makes its clean copy at the first publish, and keeps it for good.
+
+        In a server that outlives its trainer the weights are no longer clean. And not before, so that how vLLM measures
+        its memory says nothing of it: it is the plan that leaves room for it.
+        """
+        return Folding(self._layers, self._packed, self._weight, self._keep)
+
+    @cached_property
+    def _layers(self) -> dict[str, Any]:
+        return dict(self.model.named_modules())
+
+    @property
+    def _packed(self) -> dict[str, Sequence[str]]:
+        return dict(getattr(self.model, "packed_modules_mapping", {}))
+
+    @cached_property
+    def _unpacked(self) -> dict[str, torch.Tensor]:
+        """On a CPU, the weights of the layers that were changed."""
+        return {}
 
     def init_transfer_engine(self, init_info: FoldedInit) -> None:
         """There is nothing to connect."""
