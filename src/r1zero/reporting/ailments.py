@@ -483,7 +483,8 @@ def _grading_slow(signs: Signs) -> Sign | None:
 
 
 def _server_bound(signs: Signs) -> Sign | None:
-    share = signs.share_of_step("generate")
+    # Where the server is ahead of the trainer, what counts is how long the trainer waits for it all the same.
+    share = signs.share_of_step("wait" if signs.key("max_staleness") else "generate")
     if share is None or share <= GENERATING_SHARE:
         return None
     step = signs.now("seconds/step") or 0.0
