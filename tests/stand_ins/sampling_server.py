@@ -1,12 +1,11 @@
-"""A policy server in some hundred lines of torch, for runs that are compared bit by bit: no vLLM, one request at a time.
+"""A policy server in a hundred lines of torch, for runs that are compared bit by bit: no vLLM, one request at a time.
 
-python tests/stand_ins/sampling_server.py --port 8000 --model FOLDER --log calls.jsonl [--delay 0.5] [--lag]
+python tests/stand_ins/sampling_server.py --log calls.jsonl serve MODEL --port 8000
 
 It takes weights through shared memory and adapters by their files, as our servers do, and what it draws depends on
-weights, prompt and seed alone. A call is a line of the log when it has been answered: path, version, the time when it
-came and when it was answered, and how many completions were under way as it came; for completions prompt, n and seed.
-Each of them takes `delay` seconds more while there is no file `quick` beside the log. With `--lag` it goes on saying
-that it has the version before.
+weights, prompt and seed alone. A call is a line of the log once it is done: path, version, the times when it came and
+was done, and how many completions were under way as it came; for completions prompt, n and seed. Two files beside the
+log make it worse: `delay`, seconds that each prompt takes longer, and `lag`: it says the version before its own.
 """
 
 import argparse
@@ -33,10 +32,10 @@ class Policy:
         version: of all weights; None before the first came.
     """
 
-    def __init__(self, folder: str, lag: bool) -> None:
+    def __init__(self, folder: str) -> None:
         self.version: int | None = None
         self.adapters: dict[str, Any] = {}
-        self._folder, self._lag = folder, lag
+        self._folder = folder
         self._model = self._base()
         self._end = AutoTokenizer.from_pretrained(folder).eos_token_id
 
@@ -48,14 +47,11 @@ class Policy:
             weights = load_file(Path(os.environ[PUBLISH_FOLDER]) / name)
             assert not self._model.load_state_dict(weights, strict=False).unexpected_keys
 
-    def finish(self, version: int) -> None:
-        self.version = version - self._lag if version else version
-
     def load(self, name: str, path: str) -> None:
         self.adapters[name] = PeftModel.from_pretrained(self._base(), path).eval()
 
     def model(self, name: str | None) -> Any:
-        return self.adapters[name] if name in self.adapters else self._model
+        return self.adapters.get(name, self._model)
 
     @torch.no_grad()
     def prompt_logprobs(self, name: str | None, ids: list[int]) -> list[float]:
@@ -82,7 +78,6 @@ class Policy:
 class Handler(BaseHTTPRequestHandler):
     policy: Policy
     log: Path
-    delay: float
     alone, counting = threading.Lock(), threading.Lock()
     under_way = 0
 
@@ -98,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         came, length = time.time(), int(self.headers["Content-Length"] or 0)
         request = json.loads(self.rfile.read(length)) if length else {}
+        if isinstance(request.get("prompt"), str):
+            return self._answer({"choices": [{"token_ids": [1]}]})  # somebody looks whether it lives
         assert self.headers["Authorization"] == f"Bearer {os.environ[TOKEN]}"
         line = {"path": self.path, "came": came, "under_way": type(self).under_way}
         if self.path == "/v1/completions" and "prompt_logprobs" not in request:
@@ -111,27 +108,29 @@ class Handler(BaseHTTPRequestHandler):
             if "n" in line:
                 with self.counting:
                     type(self).under_way -= 1
-        line |= {"version": self.policy.version, "answered": time.time()}
+        line |= {"version": self.policy.version, "done": time.time()}
         with self.counting, self.log.open("a") as log:
             log.write(json.dumps(line) + "\n")
-        self._answer(answer)
+        return self._answer(answer)
 
     def _do(self, request: dict[str, Any]) -> Any:
         policy, model = self.policy, request.get("model")
         match self.path:
             case "/v1/completions" if "prompt_logprobs" in request:
                 told = policy.prompt_logprobs(model, request["prompt"])
-                each = [{str(token): {"logprob": value}} for token, value in zip(request["prompt"][1:], told)]
+                each = [
+                    {str(token): {"logprob": value}} for token, value in zip(request["prompt"][1:], told, strict=True)
+                ]
                 return {"model": model or "base", "choices": [{"prompt_logprobs": [None, *each]}]}
             case "/v1/completions":
-                if not self.log.with_name("quick").exists():
-                    time.sleep(self.delay)
+                delay = self.log.with_name("delay")
+                time.sleep(float(delay.read_text()) if delay.exists() else 0)
                 choices = [policy.completion(request, number) for number in range(request["n"])]
                 return {"model": model or "base", "choices": choices}
             case "/update_weights":
                 policy.update(request["update_info"]["files"])
             case "/finish_weight_update":
-                policy.finish(int(self.headers[VERSION_HEADER]))
+                policy.version = int(self.headers[VERSION_HEADER])
             case "/v1/load_lora_adapter":
                 policy.load(request["lora_name"], request["lora_path"])
             case "/v1/unload_lora_adapter":
@@ -144,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         if self.policy.version is not None:
-            self.send_header(VERSION_HEADER, str(self.policy.version))
+            self.send_header(VERSION_HEADER, str(max(0, self.policy.version - self.log.with_name("lag").exists())))
         self.end_headers()
         self.wfile.write(content)
 
@@ -156,15 +155,13 @@ class Server(ThreadingHTTPServer):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--model", required=True)
     parser.add_argument("--log", type=Path, required=True)
-    parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--lag", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model")
+    parser.add_argument("--port", type=int, required=True)
+    arguments, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    Handler.policy = Policy(arguments.model, arguments.lag)
-    Handler.log, Handler.delay = arguments.log, arguments.delay
+    Handler.policy, Handler.log = Policy(arguments.model), arguments.log
     Server(("127.0.0.1", arguments.port), Handler).serve_forever()
 
 
