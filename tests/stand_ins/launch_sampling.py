@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent  # whose vllm.py is what a look for the p
 
 def main() -> int:
     log = str(Path(os.environ["R1ZERO_NOTES"]) / "calls.jsonl")
+    policy_server.cpu_server_available = lambda: True
     policy_server.VLLM = (sys.executable, str(HERE / "sampling_server.py"), "--log", log)
     make = plan.make
 

@@ -94,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         came, length = time.time(), int(self.headers["Content-Length"] or 0)
         request = json.loads(self.rfile.read(length)) if length else {}
         if isinstance(request.get("prompt"), str):
-            return self._answer({"choices": [{"token_ids": [1]}]})  # somebody looks whether it lives
+            # Somebody looks whether it lives.
+            return self._answer({"choices": [{"token_ids": [1]}], "usage": {"completion_tokens": 1}})
         assert self.headers["Authorization"] == f"Bearer {os.environ[TOKEN]}"
         line = {"path": self.path, "came": came, "under_way": type(self).under_way}
         if self.path == "/v1/completions" and "prompt_logprobs" not in request:
