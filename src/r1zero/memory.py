@@ -128,6 +128,8 @@ def trainer(
     completion = recipe["max_completion_length"] or PROMPT_WITHOUT_LIMIT
     sequence = (recipe.own.max_prompt_tokens or PROMPT_WITHOUT_LIMIT) + completion
     tokens = recipe["per_device_train_batch_size"] * sequence
+    if recipe.own.micro_batch_tokens is not None:
+        tokens = max(recipe.own.micro_batch_tokens, sequence)  # one sequence alone may be beyond the budget
     kv_cache = generated * sequence * shape.kv_bytes_per_token(width)
     moments = {
         "activations": _activations(shape, recipe, tokens, width) + held.buckets,
