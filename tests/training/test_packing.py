@@ -221,7 +221,7 @@ class World:
             values = [torch.nn.functional.pad(each, side) for each, side in zip(values, sides, strict=True)]
         return torch.cat(values)
 
-    def learn(self, budget: int | None) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    def learn(self, budget: int | None) -> tuple[float, dict[str, torch.Tensor], dict[str, list[float]]]:
         """One optimizer step's loss and gradients, as DDP has them: means over processes; and its metrics."""
         trainer, case, batch = self.trainer, self.case, self.case.batch
         self.patch.setattr(trainer, "micro_batch_tokens", budget)
@@ -229,8 +229,9 @@ class World:
         trainer.current_gradient_accumulation_steps = case.accumulation
         trainer.model.zero_grad()
         trainer._metrics["train"].clear()
-        loss, metrics = 0.0, {}
-        for self.rank in range(self.count):
+        loss = 0.0
+        for rank in range(self.count):
+            self.rank = rank
             trainer._step = 0
             for number in range(case.accumulation):
                 places = slice(number * batch, (number + 1) * batch)
@@ -344,7 +345,7 @@ RUN = {
     "num_iterations": 2,
     "beta": 0.02,
     "eval_count": 0,
-    "max_steps": 6,
+    "max_steps": 4,
     "max_completion_length": 24,
 }
 
@@ -366,7 +367,7 @@ def test_a_run_has_one_trajectory_packed_and_padded(
         assert len(expected) > 1 and found == pytest.approx(expected, rel=1e-4, abs=1e-4), name
     for name in ("kl", "entropy"):  # means of tokens here, means of passes' means there
         expected, found = ([line[name] for line in each] for each in (padded, packed))
-        assert found == pytest.approx(expected, rel=0.05, abs=1e-3), name
+        assert found == pytest.approx(expected, rel=0.2, abs=1e-3), name
     assert max(abs(line["loss"]) for line in padded) > 0.001
     one, other = (weights(folder.model) for folder in made)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
@@ -380,7 +381,7 @@ def test_a_packed_run_that_was_killed_goes_on_exactly(
     recipe = write_recipe(tmp_path / "r.yaml", model, few, **keys)
     code, once, err = in_process(recipe, tmp_path / "once")
     assert code == 0, err
-    for step in (2, 3):
+    for step in (1, 2):
         (tmp_path / f"again-{step}").mkdir()
         checkpoint = as_killed_after(once, step, tmp_path / f"again-{step}")
         code, again, err = in_process(recipe, tmp_path / f"again-{step}", "--resume", checkpoint)

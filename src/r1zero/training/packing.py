@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 IGNORED = -100  # a label of no token, as torch's cross entropy has it
 VARLEN = "r1zero_varlen"  # our name among transformers' attention functions
@@ -170,15 +170,14 @@ def varlen_attention(
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     groups = query.shape[1] // key.shape[1]
-    taken = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in taken else {"is_causal": True}
-    if "enable_gqa" in taken:
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # nothing after the token itself
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = groups > 1
     else:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     query, key, value = (each[0].transpose(0, 1).to(kind) for each in (query, key, value))
     starts, longest = cu_seq_lens_q, max_length_q
-    output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, **options)
+    output: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
     return output[None], None
 
 
@@ -202,8 +201,8 @@ def choose_attention(model: Any, half: bool) -> bool:
 
 
 def _kernel_can(config: Any) -> bool:
-    if varlen_attn is None or "scale" not in inspect.signature(varlen_attn).parameters:
-        return False
+    if varlen_attn is None or not {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
+        return False  # torch 2.10's had neither
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
