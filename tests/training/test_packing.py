@@ -53,16 +53,19 @@ def test_every_sequence_comes_once_and_all_have_equally_many_passes(data: Any, s
             assert len(places) == 1 or sum(pool[place] for place in places) <= budget
 
 
-def test_work_is_balanced_in_every_pass_and_over_all() -> None:
-    """Lengths as in the benchmarks: log-normal, mean 400, cut at 1024."""
+@pytest.mark.parametrize(
+    ("count", "budget", "waiting", "uneven"), [(512, 16384, 1.002, 1.0002), (96, 2048, 1.03, 1.002)]
+)
+def test_work_is_balanced_in_every_pass_and_over_all(count: int, budget: int, waiting: float, uneven: float) -> None:
+    """Lengths as in the benchmarks, log-normal with mean 400 and cut at 1024, with a prompt of 120; four processes."""
     torch.manual_seed(1)
-    spread = torch.randn(512).mul(0.6).exp().mul(400 / math.exp(0.18)).clamp(1, 1024)
+    spread = torch.randn(count).mul(0.6).exp().mul(400 / math.exp(0.18)).clamp(1, 1024)
     lengths = [int(each) + 120 for each in spread]
-    ((*passes,),) = fill([lengths], 4, 16384)
+    ((*passes,),) = fill([lengths], 4, budget)
     loads = torch.tensor([[sum(lengths[place] for place in places) for places in each] for each in passes])
-    assert len(passes) == math.ceil(sum(lengths) / (4 * 16384))
-    assert (loads.max(1).values / loads.float().mean(1)).max() < 1.01
-    assert loads.sum(0).max() / loads.sum(0).float().mean() < 1.005
+    assert len(passes) <= math.ceil(1.05 * sum(lengths) / (4 * budget))
+    assert (loads.max(1).values / loads.float().mean(1)).max() < waiting
+    assert loads.sum(0).max() / loads.sum(0).float().mean() < uneven
 
 
 # --- the same numbers
@@ -394,7 +397,8 @@ def test_a_packed_run_that_was_killed_goes_on_exactly(
 def test_however_the_work_is_shared_packed_runs_go_one_way(
     way: str, model: Path, few: Path, tmp_path: Path, in_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = RUN | {"learning_rate": 1e-4, "micro_batch_tokens": 150, "max_steps": 3}
+    # A step takes a whole generation: how TRL shuffles one depends on the process.
+    keys = RUN | {"learning_rate": 1e-4, "micro_batch_tokens": 150, "max_steps": 3, "steps_per_generation": 2}
     shared = write_recipe(tmp_path / "two.yaml", model, few, **keys | {"per_device_train_batch_size": 4})
     two = run(way, shared, tmp_path / "two", script=FIXED)
     monkeypatch.setattr(PolicyTrainer, "_generate_here", fixed_completions.completions)
