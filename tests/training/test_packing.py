@@ -21,7 +21,7 @@ from r1zero import recipe as recipes
 from r1zero.run_folder import RunFolder
 from r1zero.tasks.verifier import Verifier
 from r1zero.training import arguments
-from r1zero.training.packing import fill
+from r1zero.training.packing import PackedPasses, fill
 from r1zero.training.recorder import Recorder
 from r1zero.training.trainer import PolicyTrainer
 from tests.training import fixed_completions
@@ -31,7 +31,7 @@ from tests.training.resuming import as_killed_after, assert_same_run, run, steps
 TOLERANCE = 1e-5  # fp32; the bar's
 PACKABLE = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 FIXED = Path(fixed_completions.__file__)
-QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # --- who gets what
 
@@ -63,7 +63,7 @@ def test_work_is_balanced_in_every_pass_and_over_all(count: int, budget: int, wa
     lengths = [int(each) + 120 for each in spread]
     ((*passes,),) = fill([lengths], 4, budget)
     loads = torch.tensor([[sum(lengths[place] for place in places) for places in each] for each in passes])
-    assert len(passes) <= math.ceil(1.05 * sum(lengths) / (4 * budget))
+    assert len(passes) <= math.ceil(1.2 * sum(lengths) / (4 * budget))
     assert (loads.max(1).values / loads.float().mean(1)).max() < waiting
     assert loads.sum(0).max() / loads.sum(0).float().mean() < uneven
 
@@ -188,7 +188,8 @@ def windows(case: Case, vocabulary: int) -> list[dict[str, torch.Tensor]]:
             for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"):
                 near = -3 + 0.1 * torch.randn(completion_mask.shape, generator=generator)
                 window[name] = near * completion_mask
-            window["importance_sampling_ratio"] = torch.rand(completion_mask.shape, generator=generator) + 0.5
+            ratio = torch.rand(completion_mask.shape, generator=generator) + 0.5
+            window["importance_sampling_ratio"] = ratio.where(completion_mask > 0, 1.0)  # as TRL's is
         made.append(window)
     return made
 
@@ -217,12 +218,14 @@ class World:
         if value.ndim == 0:
             return value
         values = [window[name][self.now] for window in self.windows]
-        if value.ndim == 2:
-            width = max(each.shape[1] for each in values)
-            first = name.startswith("prompt_")
-            sides = [(width - each.shape[1], 0) if first else (0, width - each.shape[1]) for each in values]
-            values = [torch.nn.functional.pad(each, side) for each, side in zip(values, sides, strict=True)]
-        return torch.cat(values)
+        width = max(each.shape[-1] for each in values)
+
+        def padded(tensor: torch.Tensor, dim: int, pad_index: int = 0, pad_first: bool = False) -> torch.Tensor:
+            missing = width - tensor.shape[dim]
+            return torch.nn.functional.pad(tensor, (missing, 0) if pad_first else (0, missing), value=pad_index)
+
+        self.patch.setattr(self.trainer.accelerator, "pad_across_processes", padded)
+        return torch.cat([PackedPasses._gathered(self.trainer, name, each) for each in values])
 
     def learn(self, budget: int | None) -> tuple[float, dict[str, torch.Tensor], dict[str, list[float]]]:
         """One optimizer step's loss and gradients, as DDP has them: means over processes; and its metrics."""

@@ -313,7 +313,10 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         if value.ndim == 0:
             return value
         if value.ndim == 2:
-            value = self.accelerator.pad_across_processes(value, dim=1, pad_first=name.startswith("prompt_"))
+            # A ratio of one is none: the loss vespo multiplies those of padding too.
+            nothing = 1 if name == "importance_sampling_ratio" else 0
+            first = name.startswith("prompt_")
+            value = self.accelerator.pad_across_processes(value, dim=1, pad_index=nothing, pad_first=first)
         gathered: torch.Tensor = self.accelerator.gather(value)
         return gathered
 
