@@ -225,6 +225,16 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x2",
         ["publish = 'adapter'", "without use_peft there is no adapter"],
     ),
+    "an adapter to fold where there is none": (
+        {**SERVER, **MODEL, "publish": "folded"},
+        "1x2",
+        ["publish = 'folded'", "without use_peft there is no adapter"],
+    ),
+    "an adapter to fold into 4 bits": (
+        {**SERVER, **MODEL, "publish": "folded", "use_peft": True, "load_in_4bit": True, "server_base": "vllm_4bit"},
+        "1x2",
+        ["publish = 'folded'", "nothing can be added to weights that vLLM holds in 4 bits", "publish: adapter"],
+    ),
     "all weights to publish where an adapter is trained": (
         {**SERVER, **MODEL, "publish": "shared_memory", "use_peft": True},
         "1x2",

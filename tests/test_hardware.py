@@ -157,3 +157,16 @@ def test_the_gpus_of_a_real_machine_are_read_without_a_shell(machine: Path) -> N
 def test_a_gpu_that_shares_the_hosts_memory_has_none_of_its_own(machine: Path) -> None:
     script(machine, "nvidia-smi", 'echo "0, GPU-1, NVIDIA GB10, [N/A]"\n')
     assert detect().nodes[0].gpus == (Gpu("NVIDIA GB10", 0.0),)
+
+
+@pytest.mark.parametrize(("text", "limited"), [("max\n", False), ("2147483648\n", True), (None, False)])
+def test_the_hosts_memory_is_the_containers_where_that_is_less(
+    text: str | None, limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    if text is not None:
+        limit.write_text(text)
+    monkeypatch.setattr(hardware, "CONTAINER_LIMITS", (limit,))
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert whole > 2
+    assert hardware.this_node().memory_gib == (2.0 if limited else round(whole, 1))

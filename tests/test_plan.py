@@ -316,8 +316,11 @@ def test_the_smallest_machine_of_assumed_hardware_has_ports_enough_for_a_server_
         ("1x1", (), "shared_memory"),
         ("1x8", ("--server_gpus", "0"), "shared_memory"),
         ("1x0 cpu server", ("--trainer_gpus", "null"), "shared_memory"),
-        ("1x2", ("--use_peft", "true"), "adapter"),
-        ("1x1", ("--use_peft", "true"), "adapter"),
+        ("1x2", ("--use_peft", "true"), "folded"),
+        ("1x1", ("--use_peft", "true"), "folded"),
+        ("1x1", ("--use_peft", "true", "--publish", "adapter"), "adapter"),
+        ("1x1", ("--use_peft", "true", "--vllm_server_base_url", "http://127.0.0.1:1"), "adapter"),
+        ("1x0 cpu server", ("--trainer_gpus", "null", "--use_peft", "true", "--publish", "folded"), "folded"),
         ("1x0 cpu server", ("--trainer_gpus", "null", "--use_peft", "true"), "adapter"),
         ("1x2", ("--publish", "shared_memory"), "shared_memory"),
         ("1x1", ("--vllm_server_base_url", "http://127.0.0.1:1,http://127.0.0.1:2"), "nccl"),
@@ -333,11 +336,86 @@ def test_the_route_of_new_policy_versions(machine: str, words: tuple[str, ...], 
         return
     assert flag(planned.trainers[0], "--publish") == route
     assert f"Because: publish {route}" in planned.render()
-    expected = {"nccl": '{"backend":"nccl"}', "shared_memory": '{"backend":"r1zero_shared_memory"}'}.get(route)
+    engines = {"nccl": "nccl", "shared_memory": "r1zero_shared_memory", "folded": "r1zero_folded"}
+    expected = f'{{"backend":"{engines[route]}"}}' if route in engines else None
     for each in planned.servers:
         assert ("--weight-transfer-config" in each.argv) == (expected is not None)
         assert expected is None or flag(each, "--weight-transfer-config") == expected
         assert ("--enable-lora" in each.argv) == (route == "adapter")
+        env = dict(each.env)
+        assert ("VLLM_ALLOW_RUNTIME_LORA_UPDATING" in env) == (route == "adapter")
+        assert env.get(serving.CLEAN_COPY) == (None if route != "folded" else "gpu" if each.gpus else "host")
+
+
+PROJECTED_GIB = QWEN.shape.projection_parameters * 2 / memory.GIB if QWEN.shape else 0
+
+
+def with_host(machine: str, gib: float | None, *words: str, recipe_file: str = QLORA) -> plan.Plan:
+    """A plan for a machine whose hosts have so much memory."""
+    here = hardware.assumed(machine, PORTS)
+    nodes = tuple(replace(node, memory_gib=gib) for node in here.nodes)
+    return plan.make(recipe.load(recipe_file, words), replace(here, nodes=nodes), Path("runs/run"), Path(), QWEN)
+
+
+def clean_copy(planned: plan.Plan) -> str | None:
+    (found,) = {dict(each.env).get(serving.CLEAN_COPY) for each in planned.servers}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("machine", "host_gib", "words", "place"),
+    [
+        ("1x1:24", None, (), "gpu"),
+        ("1x1:22.5", 32, (), "host"),
+        ("1x1:22.5", 29, (), None),  # 7.4 of 29 GiB is more than a quarter
+        ("1x1:22.5", None, (), None),
+        ("1x1:22.5", None, ("--publish", "folded"), "host"),
+        ("1x2:24", None, (), "gpu"),
+        ("1x2:16", 64, (), "host"),
+        ("1x2:16", 16, (), None),
+        ("1x2:24", None, ("--vllm_gpu_memory_utilization", "0.8"), None),
+        ("1x2:24", 64, ("--vllm_gpu_memory_utilization", "0.8"), "host"),
+        ("1x1:40", None, ("--vllm_enable_sleep_mode", "true"), "gpu"),
+        ("1x1:24", None, ("--lora_target_modules", "q_proj", "v_proj"), "gpu"),
+        ("1x1:24", None, ("--server_base", "vllm_4bit"), None),
+        ("1x1:24", None, ("--publish", "adapter"), None),
+    ],
+)
+def test_where_the_clean_copy_of_the_base_is(
+    machine: str, host_gib: float | None, words: tuple[str, ...], place: str | None
+) -> None:
+    planned = with_host(machine, host_gib, *words)
+    assert clean_copy(planned) == place
+    assert planned.publish == ("folded" if place else "adapter")
+    (why,) = [each for each in planned.reasons if each.startswith("publish")]
+    size = f"{PROJECTED_GIB:.1f} GiB"
+    if words == ("--lora_target_modules", "q_proj", "v_proj"):
+        size = "0.3 GiB"  # 36 layers of 2048 x (2048 + 256) in bf16
+    if place == "host":
+        size = "7.4 GiB"  # torch pins a power of two for each piece: 64 MiB instead of 43 for each of the MLP's
+    assert (size in why) == (place is not None or not words or "--vllm_gpu_memory_utilization" in words)
+
+
+def test_the_clean_copy_lies_beyond_the_servers_share() -> None:
+    """vLLM measures its memory before the copy is made, and would give what the copy needs to the KV cache."""
+    planned = with_host("1x2:24", None)
+    share = float(flag(planned.servers[0], "--gpu-memory-utilization"))
+    beyond = PROJECTED_GIB + memory.FOLDING_GIB + memory.SERVER_BEYOND_SHARE_GIB
+    assert 0.97 * 24 < share * 24 + beyond <= 24 * memory.USABLE
+    (line,) = [each for each in planned.memory if "server" in each]
+    assert f"clean copy {PROJECTED_GIB + memory.FOLDING_GIB:.1f}" in line
+    roomy = with_host("1x2:140", None)
+    assert flag(roomy.servers[0], "--gpu-memory-utilization") == "0.9", "the copy fits beside the usual share"
+
+
+def test_each_rank_of_a_tensor_parallel_server_copies_its_own_part() -> None:
+    one = memory.clean_copy(QWEN.shape, None, tensor_parallel=1, pinned=False)
+    assert one == 36 * 2 * 2048 * (2048 + 256) / memory.GIB
+    every = [memory.clean_copy(QWEN.shape, PROJECTIONS, tensor_parallel=ranks, pinned=False) for ranks in (1, 2, 4)]
+    assert every[0] == pytest.approx(PROJECTED_GIB) and every[1] == every[0] / 2
+    assert every[2] > every[0] / 4, "two key and value heads are held twice by four ranks"
+    planned = with_host("1x4:24", None, "--vllm_tensor_parallel_size", "2", "--server_gpus", "2", "--trainer_gpus", "1")
+    assert clean_copy(planned) == "gpu" and f"{every[1]:.1f} GiB" in "".join(planned.reasons)
 
 
 def test_on_one_gpu_server_and_trainer_share_it() -> None:
@@ -355,7 +433,7 @@ def test_a_limit_holds_server_and_trainer_together() -> None:
     planned = plan_of(QLORA, "1x1:140.4", "--gpu_memory_limit", "24", model=QWEN)
     share = float(flag(planned.servers[0], "--gpu-memory-utilization"))
     trainer = float(dict(planned.trainers[0].env)[plan.TRAINER_MEMORY])
-    beyond = memory.SERVER_BEYOND_SHARE_GIB + memory.TRAINER_CONTEXT_GIB
+    beyond = memory.SERVER_BEYOND_SHARE_GIB + memory.TRAINER_CONTEXT_GIB + PROJECTED_GIB + memory.FOLDING_GIB
     assert 23 < share * 140.4 + trainer + beyond < 24.2
     assert any(plan.TRAINER_MEMORY in line for line in planned.by_hand)
 
@@ -437,7 +515,8 @@ def test_what_the_server_serves_beneath_the_adapter(words: tuple[str, ...], serv
 def test_the_layers_that_the_servers_adapter_slots_cover(
     targets: tuple[str, ...], model: ModelFacts, covered: tuple[str, ...]
 ) -> None:
-    argv = plan_of(QLORA, "1x2:80", "--lora_target_modules", *targets, model=model).servers[0].argv
+    words = ("--publish", "adapter", "--lora_target_modules", *targets)
+    argv = plan_of(QLORA, "1x2:80", *words, model=model).servers[0].argv
     start = argv.index("--lora-target-modules") + 1 if covered else 0
     assert argv[start : start + len(covered)] == covered
     assert ("--lora-target-modules" in argv) == bool(covered)

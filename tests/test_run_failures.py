@@ -420,8 +420,9 @@ def test_a_rank_that_fails_stops_all_with_its_own_error_first(
     print(f"{took:.1f} s from the error to the launcher's end")
     assert took < 60
     shown = launch.output.partition(" lines of ")[2].splitlines()
-    assert "torch elastic: the first to fail was rank 1, exited with code 1" in shown[-3]
-    assert "[rank1]: ValueError: the reward of rank 1 is broken" in shown[-4]
+    assert "  the report" in shown[-3]
+    assert "torch elastic: the first to fail was rank 1, exited with code 1" in shown[-4]
+    assert "[rank1]: ValueError: the reward of rank 1 is broken" in shown[-5]
 
 
 def test_kill_9_of_the_launcher_with_a_real_trainer(start: Start) -> None:
@@ -593,7 +594,7 @@ def test_after_an_accident_both_go_on_from_the_newest_checkpoint(
     assert_finished_after(launch, 1)
     saved = int(launch.restarts[0]["checkpoint"].rpartition("-")[2])
     assert saved >= 5
-    assert launch.restarts[0]["step"] >= saved
+    assert launch.restarts[0]["step"] >= saved - 1  # the trainer works on until it is ended
     lines = list(launch.run_folder.read_metrics())
     at = lines.index(launch.restarts[0])
     assert [line["step"] for line in lines[at:] if line["kind"] == "step"] == [saved + 1, saved + 2, saved + 3]

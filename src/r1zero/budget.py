@@ -1,18 +1,22 @@
 """Memory as it is planned: how much of each GPU the policy servers and the trainer get. Pure; `memory` estimates."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from r1zero import memory, server_plan
 from r1zero.accelerate_config import AccelerateConfig
 from r1zero.batch import Batch
 from r1zero.hardware import Hardware
 from r1zero.memory import Need
-from r1zero.model_facts import ModelFacts
+from r1zero.model_facts import ModelFacts, ModelShape
 from r1zero.placement import Allocation, Placement
 from r1zero.recipe import Recipe
+from r1zero.server_plan import Route
 
 SHARE_UNSEEN = 0.3  # of a shared GPU for the server, where nothing can be estimated: TRL's own default
+SHARE_ALONE = 0.9  # of a GPU of its own: vLLM's default
+SHOWN_ALONE = ("weights", "adapter slots", "clean copy")
 MOST_NAMES = 4  # of nodes in a line
 SERVER_CONTEXT = 4096  # tokens that a sequence is taken to need where prompts have no limit
 
@@ -41,6 +45,7 @@ def of(
     batch: Batch,
     config: AccelerateConfig,
     model: ModelFacts | None,
+    route: Route,
 ) -> Budget:
     """How much of each GPU the servers and the trainer get.
 
@@ -49,8 +54,7 @@ def of(
     """
     _check_sharing_keys(recipe, placed)
     given = recipe.library.get("vllm_gpu_memory_utilization")
-    used = {each.node for each in (*placed.servers, *placed.trainers) if each.gpus} if placed.trains_on_gpus else set()
-    card = min((gpu.memory_gib for node in used for gpu in hardware.nodes[node].gpus), default=0.0)
+    card = _card(hardware, _used(placed))
     limit = recipe.own.gpu_memory_limit
     if limit is not None and limit > card:
         raise recipe.fault("gpu_memory_limit", f"the GPU has {card:g} GiB", "lower it, or leave it out")
@@ -68,23 +72,12 @@ def of(
     if not placed.servers:
         return _of_trainer(recipe, hardware, placed, train, card)
     sequences = server_plan.sequences(batch, placed)
-    least, most = (
-        memory.server(
-            shape,
-            context=server_plan.context(recipe, model) or SERVER_CONTEXT,
-            completions=completions,
-            sequences=sequences,
-            rank=server_plan.adapter_rank(recipe),
-            tensor_parallel=len(placed.servers[0].gpus),
-            four_bit=recipe.own.server_base == "vllm_4bit",
-            reserve_gib=reserve,
-        )
-        for completions, reserve in ((-(-sequences // 4), 0.0), (sequences, memory.SERVER_RESERVE_GIB))
-    )
+    least = _of_server(recipe, placed, batch, model, shape, route, -(-sequences // 4))
+    most = _of_server(recipe, placed, batch, model, shape, route, sequences, memory.SERVER_RESERVE_GIB)
     if placed.shared:
         return _on_shared_gpu(recipe, least, most, train, card)
-    share = 0.9 if given is None else given
-    room, needed = share * card, least.total - memory.SERVER_BEYOND_SHARE_GIB
+    share = _share_alone(recipe, least, card, route)
+    room, needed = share * card, least.total - least.resting
     if needed > memory.CLEARLY * room:
         why = (
             f"a server needs {needed:.1f} GiB of each of its GPUs ({least.text()}), "
@@ -97,12 +90,165 @@ def of(
     if needed > memory.CLOSE * room:
         reasons.append(f"close: a server needs {needed:.1f} GiB of the {room:.1f} that it gets")
     kv_cache = room - needed + dict(least.parts)["KV cache"]
-    parts = Need((*(part for part in least.parts if part[0] in ("weights", "adapter slots")), ("KV cache", kv_cache)))
+    parts = Need((*(part for part in least.parts if part[0] in SHOWN_ALONE), ("KV cache", kv_cache)))
+    whole = room + dict(least.parts)["clean copy"]
     lines = [*alone.lines]
     for where in _gpu_texts(hardware, placed, placed.servers):
         each_server = "each server" if len(placed.servers) > 1 else "server"
-        lines.append(f"{where} ({card:g}): {each_server} {room:.1f}: {parts.text()} + workspace")
+        lines.append(f"{where} ({card:g}): {each_server} {whole:.1f}: {parts.text()} + workspace")
     return Budget(share, None, tuple(lines), tuple(reasons))
+
+
+def route(
+    recipe: Recipe,
+    hardware: Hardware,
+    placed: Placement,
+    batch: Batch,
+    config: AccelerateConfig,
+    model: ModelFacts | None,
+) -> Route:
+    """How a new policy version reaches the servers: adapters are folded where there is room for a clean copy.
+
+    Raises:
+        RecipeError: when the recipe's own route cannot work here.
+    """
+    chosen = server_plan.publish_route(recipe, placed)
+    asked = chosen.publish == "folded"
+    if not asked and not (recipe.own.publish == "auto" and chosen.publish == "adapter"):
+        return chosen
+    if not recipe.launches_server:
+        return chosen
+    if not server_plan.can_fold(recipe, placed, model) or model is None or model.shape is None:
+        if not asked:
+            return chosen
+        on_cpu = not all(each.gpus for each in placed.servers)
+        why = "the servers have no GPU" if on_cpu else "how large it is cannot be told before"
+        return replace(chosen, clean_copy="host", reasons=(*chosen.reasons, f"clean copy of the base: host, {why}"))
+    room = _Room(recipe, hardware, placed, batch, config, model, model.shape)
+    said = "publish folded: the adapter alone goes to the server, which adds it to its weights"
+    if asked:
+        said = chosen.reasons[0]
+    on_gpu, on_host = room.copy_gib(pinned=False), room.copy_gib(pinned=True)
+    if room.on_gpu():
+        return Route("folded", "gpu", (f"{said}; their clean copy, {on_gpu:.1f} GiB, is on the GPU: it fits",))
+    if room.on_host() or asked:
+        why = (
+            f"{said}; their clean copy, {on_host:.1f} GiB for each GPU, is in pinned host memory: the GPU is too small"
+        )
+        return Route("folded", "host", (why,))
+    why = f"{chosen.reasons[0]}; to fold it there is no room for a clean copy of the base, {on_gpu:.1f} GiB"
+    return replace(chosen, reasons=(why,))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a clean copy of the base would need, and whether it is there."""
+
+    recipe: Recipe
+    hardware: Hardware
+    placed: Placement
+    batch: Batch
+    config: AccelerateConfig
+    model: ModelFacts
+    shape: ModelShape
+
+    def copy_gib(self, *, pinned: bool) -> float:
+        """Of one GPU's server."""
+        return _copy_gib(self.recipe, self.placed, self.shape, pinned=pinned)
+
+    def on_gpu(self) -> bool:
+        """Whether the GPU has it beside all the KV cache that a generation can use, and the trainer where it shares."""
+        return self._fits(Route("folded", "gpu"))
+
+    def on_host(self) -> bool:
+        """Whether the hosts certainly have it, and the GPU the rest."""
+        each = self.copy_gib(pinned=True)
+        for node in {where.node for where in self.placed.servers}:
+            copies = sum(len(where.gpus) for where in self.placed.servers if where.node == node)
+            there = self.hardware.nodes[node].memory_gib
+            if there is None or copies * each > memory.HOST_COPY_SHARE * there:
+                return False
+        return self._fits(Route("folded", "host"))
+
+    def _fits(self, route: Route) -> bool:
+        recipe, placed = self.recipe, self.placed
+        card = _card(self.hardware, _used(placed))
+        if not card:
+            return False
+        completions = server_plan.generated(self.batch, placed)
+        most = _of_server(
+            recipe, placed, self.batch, self.model, self.shape, route, completions, memory.SERVER_RESERVE_GIB
+        )
+        given = recipe.library.get("vllm_gpu_memory_utilization")
+        if given is not None:
+            if most.total - most.resting > given * card:
+                return False
+            most = Need((("its share and beyond", given * card + most.resting),), most.resting)
+        if not placed.shared:
+            return most.total <= memory.USABLE * card
+        train = memory.trainer(
+            self.shape,
+            recipe,
+            processes=self.batch.processes,
+            zero_stage=self.config.zero_stage,
+            offload=self.config.offload,
+        )
+        limit = recipe.own.gpu_memory_limit
+        room = memory.USABLE * card if limit is None else limit
+        sleep = bool(recipe["vllm_enable_sleep_mode"])
+        return memory.least_needed(most, train, sleep=sleep) <= memory.CLOSE * room
+
+
+def _card(hardware: Hardware, nodes: set[int]) -> float:
+    """Memory of the smallest GPU there; GiB, 0 where none is or none says."""
+    return min((gpu.memory_gib for node in nodes for gpu in hardware.nodes[node].gpus), default=0.0)
+
+
+def _used(placed: Placement) -> set[int]:
+    """The nodes whose GPUs are used."""
+    if not placed.trains_on_gpus:
+        return set()
+    return {each.node for each in (*placed.servers, *placed.trainers) if each.gpus}
+
+
+def _copy_gib(recipe: Recipe, placed: Placement, shape: ModelShape, *, pinned: bool) -> float:
+    ranks = len(placed.servers[0].gpus)
+    return memory.clean_copy(shape, recipe["lora_target_modules"], tensor_parallel=ranks, pinned=pinned)
+
+
+def _of_server(
+    recipe: Recipe,
+    placed: Placement,
+    batch: Batch,
+    model: ModelFacts,
+    shape: ModelShape,
+    route: Route,
+    completions: int,
+    reserve_gib: float = 0.0,
+) -> Need:
+    """A server with KV cache for so many completions."""
+    beyond = memory.FOLDING_GIB if route.publish == "folded" else 0.0
+    if route.clean_copy == "gpu":
+        beyond += _copy_gib(recipe, placed, shape, pinned=False)
+    return memory.server(
+        shape,
+        context=server_plan.context(recipe, model) or SERVER_CONTEXT,
+        completions=completions,
+        sequences=server_plan.sequences(batch, placed),
+        rank=server_plan.adapter_rank(recipe, route.publish),
+        clean_copy_gib=beyond,
+        tensor_parallel=len(placed.servers[0].gpus),
+        four_bit=recipe.own.server_base == "vllm_4bit",
+        reserve_gib=reserve_gib,
+    )
+
+
+def _share_alone(recipe: Recipe, least: Need, card: float, route: Route) -> float:
+    """vLLM's share of a GPU that a server has to itself: the clean copy lies beyond it."""
+    given: float | None = recipe.library.get("vllm_gpu_memory_utilization")
+    if given is not None or route.publish != "folded":
+        return SHARE_ALONE if given is None else given
+    return min(SHARE_ALONE, math.floor((memory.USABLE - least.resting / card) * 1000) / 1000)
 
 
 def _check_sharing_keys(recipe: Recipe, placed: Placement) -> None:
@@ -190,8 +336,8 @@ def _on_shared_gpu(recipe: Recipe, least: Need, most: Need, train: Need, card: f
     room = memory.USABLE * card if limit is None else limit
     given = recipe.library.get("vllm_gpu_memory_utilization")
     if given is not None:
-        fixed = given * card - (least.total - memory.SERVER_BEYOND_SHARE_GIB)
-        if fixed < 0 and given * card * memory.CLEARLY < least.total - memory.SERVER_BEYOND_SHARE_GIB:
+        fixed = given * card - (least.total - least.resting)
+        if fixed < 0 and given * card * memory.CLEARLY < least.total - least.resting:
             why = f"is {given * card:.1f} of {card:g} GiB, the server needs {least.total:.1f}: {least.text()}"
             raise recipe.fault("vllm_gpu_memory_utilization", why, "raise it, or leave it out for the plan to choose")
         least = most = Need((*least.parts, ("more KV cache", max(0.0, fixed))), least.resting)

@@ -4,13 +4,16 @@ import os
 import re
 import socket
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from r1zero import policy_server
 
 LOOPBACK = "127.0.0.1"
+# Bytes that a container may use, of cgroups v2 and v1.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Node:
         gpus: in the order of their indices.
         ports: TCP ports that were free on it when it was looked at.
         address: under which the other nodes reach it.
+        memory_gib: of the host, as much of it as this process may use; None: not known.
     """
 
     host: str
     gpus: tuple[Gpu, ...] = ()
     ports: tuple[int, ...] = ()
     address: str = LOOPBACK
+    memory_gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def detect() -> Hardware:
 def this_node() -> Node:
     """This machine alone. Whoever joins several sets the address under which the others reach it."""
     gpus = _visible(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Node(socket.gethostname(), gpus, free_ports(_ports_needed(len(gpus))))
+    return Node(socket.gethostname(), gpus, free_ports(_ports_needed(len(gpus))), memory_gib=_host_memory_gib())
 
 
 def of_nodes(nodes: tuple[Node, ...]) -> Hardware:
@@ -140,6 +145,18 @@ def _nvidia_smi() -> tuple[tuple[str, str, Gpu], ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in found.splitlines() if line.count(",") == 3]
     return tuple((index, uuid, Gpu(name, _gib(mib))) for index, uuid, name, mib in rows)
+
+
+def _host_memory_gib() -> float | None:
+    """The host's memory, or the container's where that is less."""
+    try:
+        sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (OSError, ValueError):
+        return None
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            sizes.append(int(limit.read_text(encoding="ascii")))
+    return round(min(sizes) / 2**30, 1)
 
 
 def _gib(mib: str) -> float:

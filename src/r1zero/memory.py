@@ -6,9 +6,10 @@ a tenth, and only what is beyond it by more than `CLEARLY` is refused.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r1zero.model_facts import PROJECTIONS, ModelShape
+from r1zero.model_facts import PROJECTIONS, ModelShape, adapted
 from r1zero.recipe import Recipe
 
 GIB = 1024**3
@@ -24,6 +25,9 @@ SERVER_BEYOND_SHARE_GIB = 2.6
 SERVER_RESERVE_GIB = 1.0  # of workspace, where there is room: it differs between versions of vLLM
 SERVER_LOGIT_BYTES = 12  # of one sequence and one word: logits, log-probabilities and their sorted copy, in fp32
 ADAPTER_SLOTS = 2  # the version in use and the next one
+# What folding takes besides the clean copy: 2^24 weights and their sum in fp32, A and B, and what the allocator adds.
+FOLDING_GIB = 0.25
+HOST_COPY_SHARE = 0.25  # of a host's memory that the plan gives to clean copies: the trainer loads its model there too
 DEFAULT_SEQUENCES = 256  # vLLM's max_num_seqs
 BF16, FP32 = 2, 4
 
@@ -55,7 +59,8 @@ class Need:
 
     Attributes:
         parts: what needs it, and GiB.
-        resting: GiB that stay while the other process works: a trainer between two steps.
+        resting: GiB that stay while the other process works: a trainer between two steps, what a server has beyond its
+            share.
     """
 
     parts: tuple[tuple[str, float], ...]
@@ -78,6 +83,7 @@ def server(
     completions: int,
     sequences: int,
     rank: int | None = None,
+    clean_copy_gib: float = 0.0,
     tensor_parallel: int = 1,
     four_bit: bool = False,
     reserve_gib: float = 0.0,
@@ -90,6 +96,7 @@ def server(
         completions: whose KV cache it holds at once.
         sequences: that it may generate at once (``--max-num-seqs``), each with a row of logits.
         rank: of the adapter slots; None where it serves no adapter.
+        clean_copy_gib: beyond its share, where it folds adapters.
         tensor_parallel: GPUs that share the model.
         four_bit: whether it holds the projections in vLLM's own 4 bits.
         reserve_gib: workspace beyond what was measured.
@@ -105,9 +112,31 @@ def server(
             ("workspace", SERVER_WORKSPACE_GIB + logits / GIB + reserve_gib),
             ("KV cache", kv_cache / tensor_parallel / GIB),
             ("CUDA graphs and context", SERVER_BEYOND_SHARE_GIB),
+            ("clean copy", clean_copy_gib),
         ),
-        resting=SERVER_BEYOND_SHARE_GIB,
+        resting=SERVER_BEYOND_SHARE_GIB + clean_copy_gib,
     )
+
+
+def clean_copy(shape: ModelShape, targets: Sequence[str] | None, *, tensor_parallel: int, pinned: bool) -> float:
+    """GiB of one rank's copy of the weights that an adapter changes, without which none can be folded.
+
+    Args:
+        shape: the model's.
+        targets: names as in ``lora_target_modules``; None stands for PEFT's own choice.
+        tensor_parallel: GPUs that share the model.
+        pinned: in the host's memory, where torch takes a power of two for each piece.
+    """
+    size = 0
+    for name in adapted(targets):
+        inputs, outputs = shape.projection(name)
+        if name in ("k_proj", "v_proj"):
+            outputs = max(outputs // tensor_parallel, shape.head_dim)
+            piece = inputs * outputs * BF16
+        else:
+            piece = inputs * outputs * BF16 // tensor_parallel
+        size += shape.layers * (1 << (piece - 1).bit_length() if pinned else piece)
+    return size / GIB
 
 
 def trainer(
@@ -299,8 +328,8 @@ def share(least: Need, most: Need, train: Need, *, card_gib: float, available_gi
     beside = train.resting if sleep else train.total
     server_gib = max(least.total, min(most.total, available_gib - beside))
     # Rounded up: vLLM reads it as text, and a KV cache that is a token too small is refused.
-    utilization = math.ceil((server_gib - SERVER_BEYOND_SHARE_GIB) / card_gib * 1000) / 1000
-    left = available_gib - (SERVER_BEYOND_SHARE_GIB if sleep else server_gib)
+    utilization = math.ceil((server_gib - least.resting) / card_gib * 1000) / 1000
+    left = available_gib - (least.resting if sleep else server_gib)
     return Sharing(server_gib, left, utilization)
 
 

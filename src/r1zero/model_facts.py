@@ -76,13 +76,24 @@ class ModelShape:
             rank: of the adapter.
             targets: names as in ``lora_target_modules``; None stands for PEFT's own choice.
         """
-        named = {name.rpartition(".")[2] for name in (PEFT_DEFAULT if targets is None else targets)}
-        chosen = [name for name in PROJECTIONS if name in named or "all-linear" in named]
-        return self.layers * sum(rank * sum(self.projection(name)) for name in chosen)
+        return self.layers * sum(rank * sum(self.projection(name)) for name in adapted(targets))
 
     def kv_bytes_per_token(self, width: int) -> int:
         """Bytes of keys and values of one token in all layers, `width` bytes a number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
+
+
+def adapted(targets: Sequence[str] | None) -> tuple[str, ...]:
+    """Which of `PROJECTIONS` get an adapter.
+
+    >>> adapted(["model.layers.*.v_proj"])
+    ('v_proj',)
+
+    Args:
+        targets: names as in ``lora_target_modules``; None stands for PEFT's own choice.
+    """
+    named = {name.rpartition(".")[2] for name in (PEFT_DEFAULT if targets is None else targets)}
+    return tuple(name for name in PROJECTIONS if name in named or "all-linear" in named)
 
 
 @dataclass(frozen=True)

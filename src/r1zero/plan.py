@@ -17,6 +17,7 @@ from r1zero.hardware import LOOPBACK, Hardware, Node
 from r1zero.model_facts import ModelFacts
 from r1zero.placement import Placement
 from r1zero.recipe import TINY_MODEL, Recipe
+from r1zero.server_plan import Route
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from r1zero.tasks.verifier import WALL_SECONDS
 
@@ -70,7 +71,8 @@ class Plan:
         preparations: processes that run to their end on the first node, one after the other, before the rest.
         servers: the policy servers that the launcher starts; none where the recipe has none, or names a running one.
         server_urls: where completions come from, in the order of `servers`; none: from inside the trainer.
-        publish: how a new policy version reaches the servers: "adapter", "nccl" or "shared_memory"; None without them.
+        publish: how a new policy version reaches the servers: "adapter", "folded", "nccl" or "shared_memory"; None
+            without them.
         publish_in_run_folder: whether it is laid down in the run folder, since not all servers share the first node's
             memory.
         rehearsal: looks at one batch of rollouts once the policy server is ready; None where there is none.
@@ -141,13 +143,14 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     _check_lengths(recipe, model)
     batch.check_packing(recipe, model)
     server_plan.check_model(recipe, model)
-    publish, why_publish = server_plan.publish_route(recipe, placed)
-    gives = budget.of(recipe, hardware, placed, steps, config, model)
+    route = budget.route(recipe, hardware, placed, steps, config, model)
+    publish = route.publish
+    gives = budget.of(recipe, hardware, placed, steps, config, model, route)
     timeout, why_timeout = _collective_timeout(recipe, steps)
 
     recipe_file = run_folder / "recipe.yaml"
     preparations = _preparations(recipe, placed, recipe_file)
-    servers = _servers(recipe, hardware, placed, steps, gives, model, publish)
+    servers = _servers(recipe, hardware, placed, steps, gives, model, route)
     server_urls = tuple(recipe.running_server.split(",")) if recipe.running_server else ()
     if servers:
         server_urls = tuple(f"http://{_value(each, '--host')}:{_value(each, '--port')}" for each in servers)
@@ -173,7 +176,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
         batch=steps,
         memory=gives.lines,
         by_hand=_by_hand(recipe, hardware, preparations, servers, trainers, settings),
-        reasons=(*placed.reasons, *why_publish, *gives.reasons, why_config, *why_timeout),
+        reasons=(*placed.reasons, *route.reasons, *gives.reasons, why_config, *why_timeout),
     )
 
 
@@ -204,7 +207,7 @@ def _servers(
     steps: Batch,
     gives: Budget,
     model: ModelFacts | None,
-    publish: str | None,
+    route: Route,
 ) -> tuple[Process, ...]:
     """They listen on this machine only, as long as nothing of the run is on another."""
     ports = [list(_server_ports(node)) for node in hardware.nodes]
@@ -216,13 +219,13 @@ def _servers(
             placed,
             where,
             model,
-            publish=publish,
+            publish=route.publish,
             utilization=gives.utilization,
             host=LOOPBACK if placed.on_one_node else hardware.nodes[where.node].address,
             port=ports[where.node].pop(0),
         )
         name = "server" if len(placed.servers) == 1 else f"server-{number}"
-        env = server_plan.env(recipe, where, publish)
+        env = server_plan.env(recipe, where, route)
         servers.append(Process(name, argv, env, where.gpus, where.node, f"logs/{name}.log"))
     return tuple(servers)
 

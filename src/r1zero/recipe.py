@@ -31,7 +31,7 @@ from r1zero.tasks.sources import SIMPLERL_LEVELS, TASKS
 from r1zero.tasks.verifier import ANSWER_MATCHES, Verifier
 
 METHODS = ("grpo", "sft")
-PUBLISH_ROUTES = ("auto", "adapter", "nccl", "shared_memory")
+PUBLISH_ROUTES = ("auto", "adapter", "folded", "nccl", "shared_memory")
 SERVER_BASES = ("rounded", "unrounded", "vllm_4bit")
 UNSERVED_MODULES = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out")  # with an adapter
 TAGGED_TASKS = ("arithmetic", "gsm8k")  # where neither recipe nor template says how an answer is given
@@ -241,8 +241,10 @@ class OwnKeys:
     )
     publish: str = _key(
         "auto",
-        "how a new policy version reaches the policy server: adapter (LoRA), nccl or shared_memory (all weights); "
-        "auto: adapter for LoRA, else nccl where server and trainer have GPUs of their own, else shared_memory",
+        "how a new policy version reaches the policy server: adapter or folded (LoRA; folded: the server adds it to "
+        "its own weights and generates as fast as without), nccl or shared_memory (all weights); auto: for LoRA folded "
+        "where a clean copy of the base fits on the GPU or in the host's memory, else adapter; for all weights nccl "
+        "where server and trainer have GPUs of their own, else shared_memory",
         PUBLISH_ROUTES,
     )
     server_base: str = _key(
@@ -918,11 +920,14 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
     if own.server_base != own_keys()["server_base"].default and not recipe["load_in_4bit"]:
         why = "would have no effect: server and trainer have the same weights unless load_in_4bit rounds the trainer's"
         yield Fault("server_base", own.server_base, why, "leave it out, or add load_in_4bit: true and use_peft: true")
-    if own.publish == "adapter" and not recipe["use_peft"]:
+    if own.publish in ("adapter", "folded") and not recipe["use_peft"]:
         yield Fault("publish", own.publish, "without use_peft there is no adapter", "use auto, or add use_peft: true")
     if own.publish in ("nccl", "shared_memory") and recipe["use_peft"]:
         why = "sends all weights, and with use_peft only those of the adapter change"
         yield Fault("publish", own.publish, why, "use publish: adapter, or auto")
+    if own.publish == "folded" and own.server_base == "vllm_4bit":
+        why = "nothing can be added to weights that vLLM holds in 4 bits (server_base: vllm_4bit)"
+        yield Fault("publish", own.publish, why, "use publish: adapter, or server_base: rounded")
     if recipe["use_peft"]:
         yield from _unservable_adapter(recipe)
 

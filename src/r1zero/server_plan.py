@@ -1,22 +1,43 @@
 """What a policy server is started with, and how new policy versions reach it. Pure, but where a rounded base lies."""
 
+from dataclasses import dataclass
+
 from r1zero import memory, policy_server
 from r1zero.batch import Batch
 from r1zero.model_facts import FAMILIES, PROJECTIONS, ModelFacts
 from r1zero.placement import Allocation, Placement
 from r1zero.recipe import TINY_MODEL, Recipe
-from r1zero.serving import SHARED_MEMORY
+from r1zero.serving import CLEAN_COPY, FOLDED, SHARED_MEMORY
 
 # Stands for the rounded base in the plan of a dry run, where a model of the hub has not been downloaded.
 BASE_UNKNOWN = "FOLDER-THAT-R1ZERO.QUANTIZED_BASE-PRINTS"
 MOST_SEQUENCES = 1024  # completions that a server generates at once; more would wait for each other
+ENGINES = {"nccl": "nccl", "shared_memory": SHARED_MEMORY, "folded": FOLDED}  # vLLM's weight transfer, by route
 SPARE_SEQUENCES = 4  # the launcher's watch and the trainer's probe ask while all others are in use
 
 
-def publish_route(recipe: Recipe, placed: Placement) -> tuple[str | None, tuple[str, ...]]:
-    """How a new policy version reaches the servers, and why so."""
+@dataclass(frozen=True)
+class Route:
+    """How a new policy version reaches the servers.
+
+    >>> Route("folded", "gpu").clean_copy
+    'gpu'
+
+    Attributes:
+        publish: "adapter", "folded", "nccl" or "shared_memory"; None without servers.
+        clean_copy: where a server that folds keeps the base: "gpu" or "host"; None where none does.
+        reasons: why so.
+    """
+
+    publish: str | None
+    clean_copy: str | None = None
+    reasons: tuple[str, ...] = ()
+
+
+def publish_route(recipe: Recipe, placed: Placement) -> Route:
+    """The route as far as it does not depend on memory: "adapter" is what `budget.route` may make "folded" of."""
     if not recipe.dedicated_server:
-        return None, ()
+        return Route(None)
     asked = recipe.own.publish
     together = ""
     if placed.shared:
@@ -26,15 +47,29 @@ def publish_route(recipe: Recipe, placed: Placement) -> tuple[str | None, tuple[
     if asked == "nccl" and together:
         raise recipe.fault("publish", together, "use publish: shared_memory, or auto")
     if asked != "auto":
-        return asked, (f"publish {asked}: the recipe says so",)
+        return Route(asked, reasons=(f"publish {asked}: the recipe says so",))
     if recipe["use_peft"]:
-        return "adapter", ("publish adapter: use_peft is true, so the adapter alone goes to the server",)
+        why = "publish adapter: use_peft is true, so the adapter alone goes to the server"
+        return Route("adapter", reasons=(why,))
     if together:
-        return "shared_memory", (f"publish shared_memory: all weights are trained, and {together}",)
+        return Route("shared_memory", reasons=(f"publish shared_memory: all weights are trained, and {together}",))
     apart = "server and trainer have GPUs of their own"
     if not recipe.launches_server:
         apart = "the server is taken to have a GPU of its own (if not: publish: shared_memory)"
-    return "nccl", (f"publish nccl: all weights are trained, and {apart}",)
+    return Route("nccl", reasons=(f"publish nccl: all weights are trained, and {apart}",))
+
+
+def can_fold(recipe: Recipe, placed: Placement, model: ModelFacts | None) -> bool:
+    """Whether a server that is started here certainly can add the recipe's adapters to its weights, memory aside.
+
+    Not on a CPU: there each publish would pack all weights anew.
+    """
+    if not (recipe["use_peft"] and recipe.launches_server and all(each.gpus for each in placed.servers)):
+        return False
+    if recipe.own.server_base == "vllm_4bit" or model is None or model.shape is None:
+        return False
+    targets = recipe["lora_target_modules"] or ()
+    return all(name.rpartition(".")[2] in (*PROJECTIONS, "all-linear") for name in targets)
 
 
 def check_model(recipe: Recipe, model: ModelFacts | None) -> None:
@@ -100,8 +135,8 @@ def argv(
         dtype=recipe.served_dtype(cpu),
         trust_remote_code=recipe["trust_remote_code"],
         seed=recipe["seed"],
-        weight_transfer={"nccl": "nccl", "shared_memory": SHARED_MEMORY}.get(publish or ""),
-        lora_rank=adapter_rank(recipe),
+        weight_transfer=ENGINES.get(publish or ""),
+        lora_rank=adapter_rank(recipe, publish),
         lora_target_modules=_adapter_modules(recipe, model),
         quantization="bitsandbytes" if recipe.own.server_base == "vllm_4bit" else None,
         enable_sleep_mode=bool(recipe["vllm_enable_sleep_mode"]),
@@ -110,10 +145,11 @@ def argv(
     )
 
 
-def env(recipe: Recipe, where: Allocation, publish: str | None) -> tuple[tuple[str, str], ...]:
+def env(recipe: Recipe, where: Allocation, route: Route) -> tuple[tuple[str, str], ...]:
     """The environment of the server at `where`."""
     four_bit = recipe.own.server_base == "vllm_4bit"
-    return policy_server.serve_env(adapters=publish == "adapter", four_bit=four_bit, cpu=not where.gpus)
+    variables = policy_server.serve_env(adapters=route.publish == "adapter", four_bit=four_bit, cpu=not where.gpus)
+    return variables if route.clean_copy is None else (*variables, (CLEAN_COPY, route.clean_copy))
 
 
 def serves_rounded_base(recipe: Recipe) -> bool:
@@ -121,17 +157,21 @@ def serves_rounded_base(recipe: Recipe) -> bool:
     return bool(recipe["load_in_4bit"]) and recipe.own.server_base == "rounded"
 
 
-def adapter_rank(recipe: Recipe) -> int | None:
-    """The rank of the server's adapter slots; None where no adapter is served."""
-    return policy_server.served_lora_rank(recipe["lora_r"]) if recipe["use_peft"] else None
+def adapter_rank(recipe: Recipe, publish: str | None) -> int | None:
+    """The rank of the server's adapter slots; None where it has none."""
+    return policy_server.served_lora_rank(recipe["lora_r"]) if publish == "adapter" else None
 
 
 def sequences(batch: Batch, placed: Placement) -> int:
     """How many completions a server generates at once."""
-    share = min(MOST_SEQUENCES, -(-batch.completions_per_generation // len(placed.servers)))
     # On a GPU of its own, where memory does not matter, measuring then goes faster.
     least = 1 if placed.shared or not placed.trains_on_gpus else memory.DEFAULT_SEQUENCES
-    return max(least, share) + SPARE_SEQUENCES
+    return max(least + SPARE_SEQUENCES, generated(batch, placed))
+
+
+def generated(batch: Batch, placed: Placement) -> int:
+    """How many of them a round of generation, with the watch and the probe, can use."""
+    return min(MOST_SEQUENCES, -(-batch.completions_per_generation // len(placed.servers))) + SPARE_SEQUENCES
 
 
 def context(recipe: Recipe, model: ModelFacts | None) -> int | None:

@@ -35,9 +35,11 @@ FULL = {"learning_rate": 3e-4}
 SHARED = {"server_gpus": 0, "trainer_gpus": 1}
 APART = {"server_gpus": 1, "trainer_gpus": 1}
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
-    "one GPU, LoRA": (1, "adapter", {**LORA, **SHARED}),
+    "one GPU, LoRA": (1, "folded", {**LORA, **SHARED}),
+    "one GPU, LoRA under a name": (1, "adapter", {**LORA, **SHARED, "publish": "adapter"}),
+    "two GPUs, LoRA": (2, "folded", {**LORA, **APART}),
     "one GPU, all weights": (1, "shared_memory", {**FULL, **SHARED}),
-    "one GPU, the server sleeps": (1, "adapter", {**LORA, **SHARED, "vllm_enable_sleep_mode": "true"}),
+    "one GPU, the server sleeps": (1, "folded", {**LORA, **SHARED, "vllm_enable_sleep_mode": "true"}),
     "two GPUs, all weights": (2, "nccl", {**FULL, **APART}),
     "two GPUs, ZeRO-3": (2, "nccl", {**FULL, **APART, "accelerate_config": "zero3"}),
     "three GPUs, two servers": (3, "nccl", {**FULL, "server_gpus": 2, "trainer_gpus": 1}),

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -136,10 +137,17 @@ def policy(model_folder: Path) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server that takes adapters and weights."""
+    more = {"weight_transfer": SHARED_MEMORY, "lora_rank": 8, "lora_target_modules": PROJECTIONS}
+    with started(model_folder, tmp_path_factory.mktemp("server"), adapters=True, **more) as running:
+        yield running
+
+
+@contextmanager
+def started(model_folder: Path, folder: Path, *, adapters: bool, **more: Any) -> Iterator[Server]:
+    """A server behind our doors, once it has made a token; `more` is for `serve_argv`."""
     python = os.environ.get("R1ZERO_CPU_SERVER_PYTHON", "")
     if not python:
         pytest.skip("R1ZERO_CPU_SERVER_PYTHON names no Python with vLLM's CPU build; `make cpu-server` makes one")
-    folder = tmp_path_factory.mktemp("server")
     publish, home = folder / "publish", folder / "home"
     publish.mkdir()
     home.mkdir()
@@ -149,17 +157,14 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         port=port,
         max_model_len=256,
         max_num_seqs=64,
-        dtype="float32",
-        weight_transfer=SHARED_MEMORY,
-        lora_rank=8,
-        lora_target_modules=PROJECTIONS,
         cpu=True,
+        **{"dtype": "float32", **more},
     )
     token = secrets.token_urlsafe(32)
     # Everything that it might write goes where the tests can look through it.
     places = {"HOME": str(home), "TMPDIR": str(home), "XDG_CACHE_HOME": str(home), "XDG_CONFIG_HOME": str(home)}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("COV")}  # it would be slower
-    environment = {**inherited, **places, **CANARIES, **dict(serve_env(adapters=True, cpu=True))}
+    environment = {**inherited, **places, **CANARIES, **dict(serve_env(adapters=adapters, cpu=True))}
     environment |= {TOKEN: token, PUBLISH_FOLDER: str(publish), "HF_HUB_OFFLINE": "1"}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(

@@ -98,13 +98,13 @@ class Launched:
     ended: float
 
     @property
-    def secrets(self) -> tuple[str, Path, Path] | None:
+    def secrets(self) -> tuple[str, ...] | None:
         """The token, the publish folder and that of vLLM's sockets; None where no trainer came so far."""
         file = self.notes / "secrets.json"
         if not file.exists():
             return None
         token, publish, sockets = json.loads(file.read_text())
-        return token, Path(publish), Path(sockets)
+        return token, publish, sockets
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Of the metrics."""
@@ -140,7 +140,7 @@ class Launched:
         if self.secrets is None:
             return
         token, *folders = self.secrets
-        for folder in folders:
+        for folder in map(Path, folders):
             assert folder.name.startswith("r1zero-") and not folder.exists()
         assert not [path for path in files if token.encode() in path.read_bytes()]
 

@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.xdist_group("real_server"), pytest.mark.timeout(600)]
 
 
 # The accidents of test_accidents.py are runs with an adapter.
-@pytest.mark.parametrize("route", [pytest.param("adapter", marks=pytest.mark.soak), "shared_memory"])
+@pytest.mark.parametrize("route", [pytest.param("adapter", marks=pytest.mark.soak), "folded", "shared_memory"])
 def test_a_run_with_a_server_of_its_own(route: str, tmp_path: Path, model_folder: Path) -> None:
-    keys: dict[str, Any] = {**LORA} if route == "adapter" else {"learning_rate": 3e-4}
+    keys: dict[str, Any] = {"learning_rate": 3e-4} if route == "shared_memory" else {**LORA, "publish": route}
     run = launch(tmp_path, model_folder, keys)
     assert run.code == 0, run.err
     steps = run.lines("step")

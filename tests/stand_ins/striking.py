@@ -2,8 +2,8 @@
 between it and the trainer, or the publish folder where R1ZERO_STRIKE says so: at a moment of a step that cannot be hit
 from outside.
 
-R1ZERO_NOTES names a folder that takes the notes: `secrets.json` (the token, the publish folder and that of vLLM's
-sockets) and `struck.jsonl` (a line for each accident: when, which). R1ZERO_STRIKE is one of
+R1ZERO_NOTES names a folder that takes the notes: `secrets.json` (the token, the publish folder and, under the launcher,
+that of vLLM's sockets) and `struck.jsonl` (a line for each accident: when, which). R1ZERO_STRIKE is one of
 
 - accidents, separated by semicolons; the first trainer process meets the first, the one that goes on from its
   checkpoint the second. An accident is WHO WHAT PHASE and, for a proxy, the PATH of the requests that it spoils:
@@ -42,9 +42,10 @@ _measuring = False
 def reward(completions: list[str], **columns: Any) -> list[float]:
     """Differs within a group, so that each step moves the policy."""
     if _in_trainer():  # the look at the recipe before training calls it too
-        sockets = Path(os.environ["VLLM_RPC_BASE_PATH"])
-        assert any(path.is_socket() for path in sockets.iterdir())  # vLLM's are where they are deleted in the end
-        secrets = [os.environ["R1ZERO_SERVER_TOKEN"], os.environ["R1ZERO_PUBLISH_FOLDER"], str(sockets)]
+        secrets = [os.environ["R1ZERO_SERVER_TOKEN"], os.environ["R1ZERO_PUBLISH_FOLDER"]]
+        if sockets := os.environ.get("VLLM_RPC_BASE_PATH"):  # a server that the launcher started
+            assert any(path.is_socket() for path in Path(sockets).iterdir())  # they are deleted with it in the end
+            secrets.append(sockets)
         (_notes() / "secrets.json").write_text(json.dumps(secrets))
         _prepare()
     return [(sum(map(ord, text)) % 11) / 11 for text in completions]

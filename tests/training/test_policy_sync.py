@@ -12,6 +12,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from r1zero.policy_client import PolicyServerError
 from r1zero.serving import VERSION_HEADER
+from r1zero.serving.folding import Folding
 from r1zero.training import policy_sync
 from r1zero.training.policy_sync import (
     Meeting,
@@ -93,6 +95,8 @@ class Servers:
                 for name in body["update_info"]["files"]:
                     self.buckets.append((self.folder / name).stat().st_size)
                     self.weights |= load_file(self.folder / name)
+            case "/update_weights" if "file" in body["update_info"]:
+                self.weights = load_file(self.folder / body["update_info"]["file"])
             case "/reset_prefix_cache":
                 return self.reset
             case "/get_world_size":
@@ -272,6 +276,100 @@ def test_a_disk_that_fills_while_writing_leaves_nothing_behind(
     with pytest.raises(PublishError, match=r"policy-3 cannot be written: .*No space left"):
         publisher("adapter", with_adapter()).publish(3)
     assert list(folder.iterdir()) == [] and "/v1/load_lora_adapter" not in servers.posted
+
+
+# --- the adapter, folded into the servers' weights
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
+class ReplicatedLinear(SimpleNamespace):
+    """A layer of the server, as `folding` sees one."""
+
+
+def served(model: Qwen2ForCausalLM) -> Folding:
+    """A server that has the policy's weights, to fold adapters into."""
+    method, layers = UnquantizedLinearMethod(), {}
+    for name, each in model.named_modules():
+        if isinstance(each, torch.nn.Linear):
+            sizes = {"input_size": each.in_features, "output_size": each.out_features}
+            layers[name] = ReplicatedLinear(tp_rank=0, tp_size=1, quant_method=method, weight=each.weight.data, **sizes)
+    return Folding(layers, {}, lambda name: layers[name].weight)
+
+
+@pytest.mark.parametrize(("more", "scaling"), [({}, 2.0), ({"lora_alpha": 3}, 0.75), ({"use_rslora": True}, 4.0)])
+def test_a_folded_adapter_is_the_policy_that_is_trained(
+    publisher: Any, servers: Servers, folder: Path, more: dict[str, Any], scaling: float
+) -> None:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, "lora_dropout": 0.1, **more}
+    model = get_peft_model(policy(), LoraConfig(**settings))
+    published, base = publisher("folded", model), policy()
+    server = served(base)
+    for version in range(3):
+        with torch.no_grad():
+            for name, each in model.named_parameters():
+                if "lora_" in name:
+                    each.normal_(std=0.3)
+        done = published.publish(version)
+        info = servers.bodies["/update_weights"][0]["update_info"]
+        assert info == {"file": f"adapter-{version}.safetensors", "scaling": scaling}
+        assert servers.folders[servers.posted.index("/update_weights")] == [info["file"]]
+        server.fold(servers.weights, info["scaling"])
+        torch.testing.assert_close(logprobs(base), logprobs(model), atol=1e-5, rtol=1e-5)
+        assert done.bytes == sum(each.nbytes for each in servers.weights.values()) and done.route == "folded"
+        assert list(folder.iterdir()) == [] and published.adapter_name is None
+        starts = ["/init_weight_transfer_engine"] if version == 0 else []
+        ends = ["/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
+        assert servers.posted == [*starts, "/start_weight_update", *ends]
+        assert ("POST", "/finish_weight_update", {}, str(version)) in servers.calls
+        servers.calls.clear()
+        servers.folders.clear()
+        assert published.publish(version).bytes == 0 and servers.calls == [], "it is served already"
+
+
+def test_a_folded_adapter_has_the_servers_dtype(publisher: Any, servers: Servers) -> None:
+    publisher("folded", with_adapter(), dtype=torch.bfloat16).publish(0)
+    assert {each.dtype for each in servers.weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"use_dora": True}, "DoRA's magnitudes (use_dora)"),
+        ({"bias": "all"}, "trained biases (bias = 'all')"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern and alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "[0.5, 2.0]"),
+    ],
+)
+def test_an_adapter_that_cannot_be_folded_is_named(publisher: Any, more: dict[str, Any], said: str) -> None:
+    model = get_peft_model(policy(), LoraConfig(r=4, lora_alpha=8, target_modules=PROJECTIONS, **more))
+    with pytest.raises(PublishError) as stopped:
+        publisher("folded", model)
+    assert said in str(stopped.value)
+
+
+def test_a_server_that_does_not_fold_is_named_and_the_file_deleted(
+    publisher: Any, servers: Servers, folder: Path
+) -> None:
+    published = publisher("folded", with_adapter())
+    servers.fail["/update_weights"] = PolicyServerError(URLS[0], "POST /update_weights", "500")
+    with pytest.raises(PolicyServerError, match="update_weights: 500"):
+        published.publish(0)
+    assert list(folder.iterdir()) == [] and "/finish_weight_update" not in servers.posted
+    servers.fail.clear()
+    servers.reset = {"success": False}
+    with pytest.raises(PublishError, match="the prefix cache could not be reset"):
+        published.publish(0)
+    servers.reset = {"success": True}
+    assert published.publish(0).bytes > 0, "what did not arrive is sent again"
+
+
+def test_folding_needs_an_adapter(publisher: Any) -> None:
+    with pytest.raises(PublishError, match="publish = 'folded': the policy has no adapter"):
+        publisher("folded", policy())
 
 
 # --- all weights, through shared memory

@@ -230,7 +230,7 @@ def test_the_launcher_ends_well_and_closes_with_before_and_after(launched: Run) 
     out = launched.done.stdout
     assert "1 process(es), accelerate cpu" in out
     assert all(line in out for line in ("held-out accuracy at step 0", "step 1/3", "step 3/3"))
-    tail = [" ".join(line.split()) for line in out.splitlines()][-8:]
+    tail = [" ".join(line.split()) for line in out.splitlines()][-9:]
     summary = read_json(launched.folder.summary)
     for at, when in ((1, "before"), (2, "after")):
         score = summary["held_out"][when]
@@ -238,6 +238,7 @@ def test_the_launcher_ends_well_and_closes_with_before_and_after(launched: Run) 
         assert tail[at] == f"{when} training {shares[0]} % {shares[1]} to {shares[2]} % 6 x 2"
     assert tail[3].startswith("finished after ")
     assert tail[4] == f"the final model {launched.folder.model.relative_to(launched.place)}"
+    assert tail[8] == f"the report {(launched.folder.path / 'report.html').relative_to(launched.place)}"
     assert summary["seconds_in_all"] > summary["seconds"]
 
 

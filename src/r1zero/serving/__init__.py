@@ -8,7 +8,9 @@ Attributes:
         for the server. The server reads nothing from anywhere else.
     VERSION_HEADER: the HTTP header that says a policy version, in a publishing request and in an answer of completions.
     POLICY_ROUTE: GET answers {"version": int or null, "updating": bool, "in_flight": int}.
-    SHARED_MEMORY: the name of our weight transfer engine.
+    SHARED_MEMORY: the name of our weight transfer engine that takes all weights.
+    FOLDED: the name of the one that takes an adapter and adds it to the server's own weights.
+    CLEAN_COPY: the environment variable that says where that one keeps its clean copy of the base: "gpu" or "host".
 """
 
 TOKEN = "R1ZERO_SERVER_TOKEN"
@@ -16,3 +18,5 @@ PUBLISH_FOLDER = "R1ZERO_PUBLISH_FOLDER"
 VERSION_HEADER = "X-Policy-Version"
 POLICY_ROUTE = "/policy"
 SHARED_MEMORY = "r1zero_shared_memory"
+FOLDED = "r1zero_folded"
+CLEAN_COPY = "R1ZERO_CLEAN_COPY"

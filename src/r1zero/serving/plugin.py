@@ -2,14 +2,18 @@
 
 import contextlib
 
-from r1zero.serving import SHARED_MEMORY
+from r1zero.serving import FOLDED, SHARED_MEMORY
+
+ENGINES = {
+    SHARED_MEMORY: ("r1zero.serving.shared_memory_engine", "SharedMemoryEngine"),
+    FOLDED: ("r1zero.serving.folded_engine", "FoldedEngine"),
+}
 
 
 def register() -> None:
-    """Make our weight transfer engine known by its name. vLLM may call this more than once in a process."""
+    """Make our weight transfer engines known by their names. vLLM may call this more than once in a process."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    with contextlib.suppress(ValueError):  # "already registered"
-        WeightTransferEngineFactory.register_engine(
-            SHARED_MEMORY, "r1zero.serving.shared_memory_engine", "SharedMemoryEngine"
-        )
+    for name, (module, engine) in ENGINES.items():
+        with contextlib.suppress(ValueError):  # "already registered"
+            WeightTransferEngineFactory.register_engine(name, module, engine)

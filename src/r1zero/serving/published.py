@@ -18,3 +18,15 @@ def published(path: str) -> Path | None:
     folder = Path(named).resolve()
     inside = (folder / path).resolve()
     return inside if folder in inside.parents else None
+
+
+def safetensors_file(name: str) -> Path:
+    """The file of that name in the publish folder.
+
+    Raises:
+        PermissionError: when it is not inside, or is called otherwise.
+    """
+    path = published(name)
+    if path is None or path.suffix != ".safetensors":
+        raise PermissionError(f"{name!r} is not a safetensors file inside the folder that {PUBLISH_FOLDER} names")
+    return path

@@ -17,8 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from r1zero.serving import PUBLISH_FOLDER
-from r1zero.serving.published import published
+from r1zero.serving.published import safetensors_file
 
 
 @dataclass
@@ -87,7 +86,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             PermissionError: when a file is not inside the publish folder.
         """
         try:
-            files = [_file(name) for name in update_info.files]
+            files = [safetensors_file(name) for name in update_info.files]
             for file in files:
                 self.model.load_weights(_tensors(file))
         except BaseException:
@@ -102,13 +101,6 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
         """vLLM 0.26 asks every engine for this; our trainer writes files instead."""
         raise NotImplementedError("the trainer lays weights down as safetensors files, vLLM sends nothing")
-
-
-def _file(name: str) -> Path:
-    path = published(name)
-    if path is None or path.suffix != ".safetensors":
-        raise PermissionError(f"{name!r} is not a safetensors file inside the folder that {PUBLISH_FOLDER} names")
-    return path
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -27,7 +27,7 @@ class ServerSettings:
         urls: base addresses of the servers.
         token: what they ask for with each request; None where they ask for none.
         publish_folder: where adapters and weights are laid down for them.
-        route: "adapter", "nccl" or "shared_memory".
+        route: "adapter", "folded", "nccl" or "shared_memory".
         group_port: TCP port at which the servers meet the trainer, for nccl.
         dtype: of the servers' weights.
         generation_timeout: seconds for a round of generation.

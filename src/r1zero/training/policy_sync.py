@@ -1,8 +1,9 @@
 """Publishing a policy version: what the trainer has learnt becomes what the policy servers sample from.
 
-Three routes behind one door. An adapter goes as files and a new name, all weights go over NCCL or, where server and
-trainer share a GPU or have none, as files in shared memory. Unlike TRL's: an adapter is never merged, nothing is sent
-twice, no wait is without an end, and a server that failed is named on every rank.
+Four routes behind one door. An adapter goes as files, and the servers serve it under a new name or fold it into their
+own weights. All weights go over NCCL or, where server and trainer share a GPU or have none, as files in shared memory.
+Unlike TRL's: no adapter is merged before it travels, nothing is sent twice, no wait is without an end, and a server
+that failed is named on every rank.
 """
 
 import json
@@ -52,7 +53,7 @@ class Published:
         version: the optimizer step whose weights are served now.
         seconds: from the call to the servers' last answer.
         bytes: of weights that were handed over, once however many servers there are.
-        route: "adapter", "nccl" or "shared_memory".
+        route: "adapter", "folded", "nccl" or "shared_memory".
     """
 
     version: int
@@ -99,7 +100,7 @@ def make(
     """The publisher of a route.
 
     Args:
-        route: "adapter", "nccl" or "shared_memory".
+        route: "adapter", "folded", "nccl" or "shared_memory".
         model: the policy, as it is trained.
         accelerator: of the trainer.
         client: speaks to the servers; used on the main process only.
@@ -113,16 +114,58 @@ def make(
         bucket_bytes: all weights go in buckets of so much, so that no more is gathered at a time.
     """
     peft = hasattr(_unwrapped(accelerator, model), "peft_config")
-    if route == "adapter":
+    if route in ("adapter", "folded"):
         if not peft:
-            raise PublishError("publish = 'adapter': the policy has no adapter; set use_peft, or publish to auto")
-        return AdapterPublisher(model, accelerator, client, publish_folder, timeout_s, dtype)
+            raise PublishError(f"publish = {route!r}: the policy has no adapter; set use_peft, or publish to auto")
+        of_adapter = AdapterPublisher if route == "adapter" else FoldedPublisher
+        return of_adapter(model, accelerator, client, publish_folder, timeout_s, dtype)
     if peft:
         raise PublishError(f"publish = {route!r} sends all weights, and only an adapter is trained; set it to auto")
     if route == "nccl":
         meeting = Meeting(master_address or os.environ.get(GROUP_ADDRESS, "127.0.0.1"), group_port)
         return NcclPublisher(model, accelerator, client, meeting, timeout_s, dtype, bucket_bytes)
     return SharedMemoryPublisher(model, accelerator, client, publish_folder, timeout_s, dtype, bucket_bytes)
+
+
+class TrainedAdapter:
+    """The adapter that is trained, as the servers get it.
+
+    Args:
+        model: the policy, possibly wrapped.
+        accelerator: of the trainer.
+        dtype: the servers'.
+    """
+
+    def __init__(self, model: torch.nn.Module, accelerator: Any, dtype: torch.dtype) -> None:
+        self._model, self._accelerator, self._dtype = model, accelerator, dtype
+        self._copied = HostCopy(dtype)
+
+    @property
+    def policy(self) -> Any:
+        """The policy without what the trainer wraps it in."""
+        return _unwrapped(self._accelerator, self._model)
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Under their names in the policy; under ZeRO-3 sharded."""
+        named = self.policy.named_parameters()
+        return {name: each for name, each in named if f".{ADAPTER}." in name or name.endswith(f".{ADAPTER}")}
+
+    def weights(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The adapter under the names of its file, valid until the next call.
+
+        PEFT is given the adapter's parameters, since by itself it would take the state of the whole model: for 4-bit
+        layers that means packing the state of their quantization, each time.
+        """
+        from peft import get_peft_model_state_dict
+
+        named: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            self.policy, state_dict=self._copied(parameters), adapter_name=ADAPTER, save_embedding_layers=False
+        )
+        return named
+
+    def bytes(self, parameters: Mapping[str, torch.nn.Parameter]) -> int:
+        """Of the weights, as they are handed over."""
+        return sum(self._dtype.itemsize * _size(each) for each in parameters.values())
 
 
 class AdapterPublisher:
@@ -141,10 +184,9 @@ class AdapterPublisher:
         timeout_s: float,
         dtype: torch.dtype,
     ) -> None:
-        self._model, self._accelerator, self._client = model, accelerator, client
+        self._accelerator, self._client, self._timeout_s = accelerator, client, timeout_s
         self._folder = publish_folder.absolute()  # the server has a working folder of its own
-        self._timeout_s, self._dtype = timeout_s, dtype
-        self._copied = HostCopy(dtype)
+        self._adapter = TrainedAdapter(model, accelerator, dtype)
         self._version: int | None = None
 
     @property
@@ -155,40 +197,20 @@ class AdapterPublisher:
         if version == self._version:
             return Published(version, 0.0, 0, "adapter")  # it is served already, under the name that it would get
         began = time.monotonic()
-        parameters = self._parameters()
+        parameters = self._adapter.parameters()
         with _gathered(list(parameters.values())):
             on_main_process(self._accelerator, lambda: self._hand_over(version, parameters, began + self._timeout_s))
         self._version = version
-        size = sum(self._dtype.itemsize * _size(each) for each in parameters.values())
-        return Published(version, time.monotonic() - began, size, "adapter")
+        return Published(version, time.monotonic() - began, self._adapter.bytes(parameters), "adapter")
 
     def close(self) -> None:
         pass
-
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        named = _unwrapped(self._accelerator, self._model).named_parameters()
-        return {name: each for name, each in named if f".{ADAPTER}." in name or name.endswith(f".{ADAPTER}")}
-
-    def _weights(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-        """The adapter under the names of its file.
-
-        PEFT is given the adapter's parameters, since by itself it would take the state of the whole model: for 4-bit
-        layers that means packing the state of their quantization, each time.
-        """
-        from peft import get_peft_model_state_dict
-
-        state = self._copied(parameters)
-        policy = _unwrapped(self._accelerator, self._model)
-        named: dict[str, torch.Tensor] = get_peft_model_state_dict(
-            policy, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False
-        )
-        return named
 
     def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
         name, previous = _adapter_name(version), self.adapter_name
         if previous is None:
             self._forget_strangers(deadline)
-        self._write(name, self._weights(parameters))
+        self._write(name, self._adapter.weights(parameters))
         body = {"lora_name": name, "lora_path": str(self._folder / name)}
         self._post("/v1/load_lora_adapter", body, deadline, {VERSION_HEADER: str(version)})
         if previous is not None:
@@ -207,7 +229,7 @@ class AdapterPublisher:
             shutil.rmtree(left)
 
     def _write(self, name: str, weights: dict[str, torch.Tensor]) -> None:
-        config = _unwrapped(self._accelerator, self._model).peft_config[ADAPTER].to_dict() | {"inference_mode": True}
+        config = self._adapter.policy.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
         aside, folder = self._folder / f".{name}", self._folder / name
         with _writing(aside, sum(each.nbytes for each in weights.values())):
             aside.mkdir(parents=True)
@@ -218,6 +240,60 @@ class AdapterPublisher:
 
     def _post(self, path: str, body: Any, deadline: float, headers: Mapping[str, str] | None = None) -> None:
         _post(self._client, path, body, deadline, headers)
+
+
+class FoldedPublisher:
+    """An adapter that our own engine in the servers (`FOLDED`) adds to their weights, so it has no name there.
+
+    What the servers' prefix caches hold was computed with other weights, so they are reset, as after all weights.
+    """
+
+    adapter_name = None
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        accelerator: Any,
+        client: PolicyClient,
+        publish_folder: Path,
+        timeout_s: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self._accelerator, self._client, self._timeout_s = accelerator, client, timeout_s
+        self._folder = publish_folder
+        self._adapter = TrainedAdapter(model, accelerator, dtype)
+        self._scaling = _scaling(self._adapter.policy)
+        self._version: int | None = None
+        self._met = False
+
+    def publish(self, version: int) -> Published:
+        if version == self._version:
+            return Published(version, 0.0, 0, "folded")
+        began = time.monotonic()
+        parameters = self._adapter.parameters()
+        with _gathered(list(parameters.values())):
+            on_main_process(self._accelerator, lambda: self._hand_over(version, parameters, began + self._timeout_s))
+        self._version = version
+        return Published(version, time.monotonic() - began, self._adapter.bytes(parameters), "folded")
+
+    def close(self) -> None:
+        pass
+
+    def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
+        if not self._met:
+            _post(self._client, "/init_weight_transfer_engine", {"init_info": {}}, deadline)
+            self._met = True
+        _post(self._client, "/start_weight_update", {}, deadline)
+        file = self._folder / f"adapter-{version}.safetensors"
+        try:
+            with _writing(file, self._adapter.bytes(parameters)):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                save_file(self._adapter.weights(parameters), file)
+            info = {"file": file.name, "scaling": self._scaling}
+            _post(self._client, "/update_weights", {"update_info": info}, deadline)
+        finally:
+            file.unlink(missing_ok=True)
+        _finish(self._client, version, deadline)
 
 
 class WeightsPublisher:
@@ -546,6 +622,36 @@ def on_main_process(accelerator: Any, act: Callable[[], Answer]) -> Answer:
 
 def _unwrapped(accelerator: Any, model: torch.nn.Module) -> Any:
     return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+
+
+def _scaling(policy: Any) -> float:
+    """What B A is multiplied by, in every layer: alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA.
+
+    Raises:
+        PublishError: it cannot be folded, since layers differ in it or the adapter is more than A and B.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    config = policy.peft_config[ADAPTER]
+    for key, what in (
+        ("use_dora", "DoRA's magnitudes"),
+        ("modules_to_save", "whole modules beside the adapter"),
+        ("trainable_token_indices", "trained tokens beside the adapter"),
+        ("target_parameters", "an adapter on single parameters"),
+        ("fan_in_fan_out", "weights that are stored the other way round"),
+    ):
+        if getattr(config, key, None):
+            raise PublishError(f"publish = 'folded': {what} ({key}) cannot be folded; set it to adapter")
+    if config.bias != "none":
+        raise PublishError(f"publish = 'folded': trained biases (bias = {config.bias!r}) cannot be folded; use none")
+    layers = (each for each in policy.modules() if isinstance(each, LoraLayer) and ADAPTER in each.scaling)
+    found = {float(each.scaling[ADAPTER]) for each in layers}
+    if len(found) != 1:
+        raise PublishError(
+            f"publish = 'folded': one scaling is folded, and the adapter's layers have {sorted(found)}; leave out "
+            "rank_pattern and alpha_pattern, or set publish to adapter"
+        )
+    return found.pop()
 
 
 def _adapter_name(version: int | str) -> str:
