@@ -70,7 +70,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "packing with an attention nobody has looked at": (
         {"micro_batch_tokens": 4096, "attn_implementation": "flex_attention"},
         "1x0",
-        ["attn_implementation = 'flex_attention'", "sdpa, eager"],
+        ["attn_implementation = 'flex_attention'", "sdpa, flash_attention_2"],
     ),
     "packing a model of another kind": (
         {"micro_batch_tokens": 4096, **MODEL},

@@ -55,7 +55,7 @@ UNPACKABLE = {
     "use_liger_kernel": "its kernels were not compared with packed rows",
     "router_aux_loss_coef": "the load of experts is balanced over the tokens of a pass",
 }
-PACKABLE_ATTENTION = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+PACKABLE_ATTENTION = (None, "sdpa", "flash_attention_2", "flash_attention_3")
 # What people type for it elsewhere, where the spelling alone would not lead there.
 ALIASES = {
     "lr": "learning_rate",

@@ -1,9 +1,10 @@
 """Packed and padded learning are the same learning: losses, gradients, log-probabilities, metrics, whole runs."""
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from accelerate.state import GradientState
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
+from r1zero import model_facts
 from r1zero import recipe as recipes
+from r1zero.restarts import Refusal
 from r1zero.run_folder import RunFolder
 from r1zero.tasks.verifier import Verifier
-from r1zero.training import arguments
+from r1zero.training import arguments, packing
 from r1zero.training.packing import PackedPasses, fill
 from r1zero.training.recorder import Recorder
-from r1zero.training.trainer import PolicyTrainer
+from r1zero.training.trainer import PolicyTrainer, without_spread
 from tests.training import fixed_completions
 from tests.training.conftest import one_process, write_recipe
 from tests.training.resuming import as_killed_after, assert_same_run, run, steps, weights
@@ -71,7 +76,7 @@ def test_work_is_balanced_in_every_pass_and_over_all(count: int, budget: int, wa
 # --- the same numbers
 
 
-def tiny(family: str, attention: str, vocabulary: int) -> Any:
+def tiny(family: str, vocabulary: int) -> Any:
     """Two layers whose weights are large enough that every token matters to every later one."""
     torch.manual_seed(4)
     shape = {
@@ -82,18 +87,17 @@ def tiny(family: str, attention: str, vocabulary: int) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "initializer_range": 0.25,
-        "attn_implementation": attention,
+        "sliding_window": None,
     }
-    return Qwen2ForCausalLM(Qwen2Config(**shape)) if family == "qwen2" else LlamaForCausalLM(LlamaConfig(**shape))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
 
 
-@pytest.fixture(scope="module", params=[("qwen2", "sdpa"), ("llama", "eager")], ids=["qwen2-sdpa", "llama-eager"])
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
 def trainer(request: Any, model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     place = tmp_path_factory.mktemp("trainer")
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    family, attention = request.param
-    tiny(family, attention, len(tokenizer)).save_pretrained(place / "model")
-    keys = {"per_device_train_batch_size": 4, "num_generations": 2, "attn_implementation": attention}
+    tiny(request.param, len(tokenizer)).save_pretrained(place / "model")
+    keys = {"per_device_train_batch_size": 4, "num_generations": 2}
     recipe = recipes.load(write_recipe(place / "r.yaml", place / "model", data, **keys, temperature=0.9))
     folder = RunFolder(place / "run").create()
     threads = torch.get_num_threads()
@@ -300,6 +304,7 @@ def test_nothing_that_is_padded_or_another_sequences_goes_through_the_model(
     trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
+    monkeypatch.setattr(trainer, "_known_apart", True)
     hook = trainer.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -314,6 +319,133 @@ def test_nothing_that_is_padded_or_another_sequences_goes_through_the_model(
         hook.remove()
     assert sum(packed) == 37 and max(packed) <= 15
     assert sum(rows) == 4 * (5 + 9 + 6)
+
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+
+
+def scores(model: Any, lengths: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, Any]]:
+    """Log-probabilities and entropies, packed and padded."""
+    case = Case((tuple(lengths),), len(lengths), 1, 1, 1, "grpo", "token", False, 2, 5)
+    window = windows(case, model.config.vocab_size)[0]
+    ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+    keep = window["completion_ids"].shape[1]
+    packed = packing.log_probabilities(model, ids, mask, keep)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-keep] = -100
+    outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    return [packed, (outputs.log_probs[:, -keep:], outputs.entropy[:, -keep:])]
+
+
+def prepared(family: str) -> Any:
+    model = tiny(family, 64)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    packing.prepare(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_and_adapters_on_it_keep_sequences_apart(family: str) -> None:
+    """With dropout off, and activations that are computed again in the backward pass."""
+    assert set(FAMILIES) == set(model_facts.FAMILIES)
+    model = get_peft_model(prepared(family), LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    gradients = []
+    for logps, _ in scores(model.train(), [(3, 4), (1, 9), (5, 1), (2, 6)]):
+        model.zero_grad()
+        logps.square().sum().backward()
+        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.requires_grad})
+    packed, padded = scores(model, [(3, 4), (1, 9), (5, 1), (2, 6)])
+    for here, there in zip(packed, padded, strict=True):
+        torch.testing.assert_close(here, there, rtol=TOLERANCE, atol=TOLERANCE)
+    largest = max(float(each.abs().max()) for each in gradients[1].values())
+    for name, each in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], each, rtol=TOLERANCE, atol=TOLERANCE * largest)
+    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    assert "packed" not in str(model.get_base_model().config.to_dict())  # a checkpoint loads anywhere
+
+
+def test_a_model_that_looks_at_other_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared("qwen2")
+    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    attend = packing.attend
+    AttentionInterface.register(
+        packing.OURS, lambda *args, packed_lengths=None, **more: attend(*args, packed_lengths=(16,), **more)
+    )
+    try:
+        with pytest.raises(Refusal, match="does not keep packed sequences apart"):
+            packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    finally:
+        AttentionInterface.register(packing.OURS, attend)
+    with pytest.raises(Refusal, match="attention is eager"):
+        other = tiny("qwen2", 64)
+        other.set_attn_implementation("eager")
+        packing.prepare(other)
+
+
+@given(case=cases(), chosen=st.integers(0, 2**16))
+@QUICK
+def test_what_teaches_nothing_stays_out_and_the_loss_is_the_same(trainer: Any, case: Case, chosen: int) -> None:
+    rows: list[int] = []
+    hook = trainer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    case = dataclasses.replace(case, extras=False)  # without a reference
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "_known_apart", True)
+            world = World(trainer, case, patch)
+            left = 0
+            for window in world.windows:
+                for place in range(len(window["advantages"])):
+                    chosen, silent = divmod(chosen, 2)
+                    window["advantages"][place] *= 1 - silent
+                    left += silent and place < case.batch * case.accumulation
+            loss, expected, _ = world.learn(None)
+            rows.clear()
+            packed, found, metrics = world.learn(case.budget)
+            each = [
+                (float(window["advantages"][place]) != 0, sum(lengths[place]))
+                for window, lengths in zip(world.windows, case.lengths, strict=True)
+                for place in range(case.batch * case.accumulation)
+            ]
+    finally:
+        hook.remove()
+    assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
+    teaching = [tokens for moves, tokens in each if moves]
+    silent = sorted(tokens for moves, tokens in each if not moves)
+    least = silent[: max(0, world.count - len(teaching))]  # each process has a pass
+    assert sum(rows) == sum(teaching) + sum(least)
+    share = 1 - (len(teaching) + len(least)) / len(each)
+    assert metrics["completions/left_out_ratio"] == pytest.approx([share] * world.count)
+
+
+def test_a_reference_teaches_groups_without_spread_too(trainer: Any) -> None:
+    case = dataclasses.replace(UNEVEN, extras=True)
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(trainer, case, patch)
+        for window in world.windows:
+            window["advantages"].zero_()
+        loss, expected, _ = world.learn(None)
+        packed, found, metrics = world.learn(case.budget)
+    assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE) and loss != 0
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+    assert set(metrics["completions/left_out_ratio"]) == {0.0}
+
+
+def test_no_spread_is_no_advantage(trainer: Any) -> None:
+    """Of eight rewards of 0.2 the mean is another number in float32."""
+    rewards = torch.full((16, 1), 0.2)
+    assert float((rewards[:8].mean() - rewards[0]).abs()) > 0
+    rewards[8] = 0.3
+    assert without_spread(rewards, 8).tolist() == [True] * 8 + [False] * 8
+    nothing = torch.full((4, 2), math.nan)
+    nothing[3, 1] = 1.0
+    assert without_spread(nothing, 2).tolist() == [True, True, False, False]
 
 
 def test_what_a_truncated_completion_was_is_not_learnt_from(trainer: Any) -> None:

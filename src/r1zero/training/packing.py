@@ -11,7 +11,9 @@ import contextlib
 import heapq
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,13 +22,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, Trainer
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from r1zero.restarts import Refusal
+from r1zero.training.probe import evaluating
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 IGNORED = -100  # a label of no token, as torch's cross entropy has it
-VARLEN = "r1zero_varlen"  # our name among transformers' attention functions
+OURS = "r1zero_packed"  # the name of `attend` among transformers' attention functions
+MOST_HEAD_DIM = 256  # that torch's kernel takes
+SAME_LOGPROBS = 1e-4  # nats; what a machine that repeats itself exactly stays below
 # Loss types that are a mean over the sequences of a pass; the others that can be packed are a sum over tokens, divided
 # by what belongs to the whole generation (TRL's num_items_in_batch).
 MEANS_OVER_SEQUENCES = ("grpo", "sapo", "dr_grpo", "luspo")
@@ -86,17 +93,16 @@ def _load(lengths: Sequence[int], places: Sequence[int]) -> int:
 
 
 def log_probabilities(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, completion_tokens: int, cumulative: bool
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, completion_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of the completions' tokens, and the entropies before them, from one row that holds all sequences end to end.
 
     Args:
         model: with TRL's fused head (`trl.trainer.utils.add_fused_lm_head`), which projects hidden states through the
-            language head in tiles, so that there are never logits of all tokens.
+            language head in tiles, so that there are never logits of all tokens, and the attention of `prepare`.
         ids: (sequences, tokens), padded anywhere.
         mask: likewise, 1 where a token is no padding. A sequence without any is allowed, beside one that has some.
         completion_tokens: the last so many columns belong to completions.
-        cumulative: whether attention wants to be told where sequences begin, rather than see it from the positions.
 
     Returns:
         Two of (sequences, `completion_tokens`), zero where there is padding; the second is None for a model whose
@@ -111,16 +117,13 @@ def log_probabilities(
     scored = of_completions[kept] & (positions > 0)
     labels = torch.full_like(row, IGNORED)
     labels[:-1] = torch.where(scored, row, IGNORED)[1:]
-    more: dict[str, Any] = {}
-    if cumulative:
-        lengths = mask.long().sum(1)
-        lengths = lengths[lengths > 0]
-        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max())
-        more = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-        if _config(model)._attn_implementation == VARLEN:
-            # transformers leaves a mask of four dimensions as it is, and `varlen_attention` does not look at it.
-            more["attention_mask"] = row.new_ones((1, 1, 1, 1), dtype=torch.bool)
+    lengths = [length for length in mask.sum(1).tolist() if length]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device)
+    longest = max(lengths)
+    more = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    if _config(model)._attn_implementation == OURS:
+        # transformers leaves a mask of four dimensions as it is, and `attend` does not look at it.
+        more |= {"attention_mask": row.new_ones((1, 1, 1, 1), dtype=torch.bool), "packed_lengths": lengths}
     outputs = model(
         input_ids=row[None], position_ids=positions[None], shift_labels=labels[None], fused_lm_head=True, **more
     )
@@ -136,7 +139,7 @@ def log_probabilities(
 # Attention inside of each sequence of a row.
 
 
-def varlen_attention(
+def attend(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -144,11 +147,13 @@ def varlen_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int = 0,
+    packed_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """torch's kernel for sequences of various lengths where a row is packed, else what sdpa does.
+    """In a packed row, each sequence of its own: torch's kernel for various lengths where it runs, else one by one.
+
+    Without `packed_lengths` it does what sdpa does.
 
     Args:
         module: the attention layer.
@@ -156,61 +161,102 @@ def varlen_attention(
         key: likewise, with the heads of keys and values.
         value: likewise.
         attention_mask: of a batch that is not packed.
-        dropout: of a batch that is not packed.
+        dropout: of the probabilities.
         scaling: of the scores.
-        cu_seq_lens_q: where the sequences of a packed row begin, and the last one's end; tokens.
-        max_length_q: of the longest of them; tokens.
+        packed_lengths: of the sequences of a packed row, in its order; tokens.
+        cu_seq_lens_q: where they begin, and the last one's end; tokens.
         kwargs: what sdpa also takes.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    options: dict[str, Any] = {"dropout": dropout, "scaling": scaling}
+    if packed_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)  # type: ignore[no-any-return]
     # The kernel takes half precision alone; under autocast rotated queries and keys are float32.
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    if dropout or not _kernel_takes(query, kind):
+        lengths = list(packed_lengths)
+        sequences = zip(*(torch.split(each, lengths, dim=2) for each in (query, key, value)), strict=True)
+        outputs = [sdpa_attention_forward(module, *each, None, is_causal=True, **options)[0] for each in sequences]
+        return torch.cat(outputs, dim=1), None
     groups = query.shape[1] // key.shape[1]
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # nothing after the token itself
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = groups > 1
+    causal: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # nothing after the token itself
+    if "enable_gqa" in _kernel_options():
+        causal["enable_gqa"] = groups > 1
     else:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     query, key, value = (each[0].transpose(0, 1).to(kind) for each in (query, key, value))
-    starts, longest = cu_seq_lens_q, max_length_q
-    output: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
+    starts, longest = cu_seq_lens_q, max(packed_lengths)
+    output: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **causal)
     return output[None], None
 
 
-def choose_attention(model: Any, half: bool) -> bool:
-    """Set `model` up for packed rows: torch's kernel in place of sdpa where it can run, else as the recipe has it.
+def _kernel_takes(query: torch.Tensor, kind: torch.dtype) -> bool:
+    if not query.is_cuda or kind not in (torch.bfloat16, torch.float16):
+        return False
+    if not {"scale", "window_size"} <= _kernel_options():  # torch 2.10's had neither
+        return False
+    width = query.shape[-1]
+    return torch.cuda.get_device_capability(query.device) >= (8, 0) and width % 8 == 0 and width <= MOST_HEAD_DIM
+
+
+@cache
+def _kernel_options() -> frozenset[str]:
+    return frozenset(inspect.signature(varlen_attn).parameters if varlen_attn else ())
+
+
+def prepare(model: Any) -> None:
+    """Set `model`, as transformers made it or under an adapter, up for packed rows.
+
+    Raises:
+        Refusal: when its attention is neither sdpa, in whose place comes `attend`, nor flash attention, which takes
+            packed rows.
+    """
+    found = _config(model)._attn_implementation
+    if found == "sdpa":
+        AttentionInterface.register(OURS, attend)
+        AttentionMaskInterface.register(OURS, sdpa_mask)
+        (model.get_base_model() if hasattr(model, "peft_config") else model).set_attn_implementation(OURS)
+    elif found not in (OURS, "flash_attention_2", "flash_attention_3"):
+        raise Refusal(
+            f"micro_batch_tokens: the model's attention is {found}, which was not shown to keep packed sequences "
+            f"apart; set attn_implementation: sdpa or flash_attention_2, or leave micro_batch_tokens out"
+        )
+
+
+def require_apart(model: Any, device: torch.device, autocast: Callable[[], Any]) -> None:
+    """Refuse a model in which a sequence sees another one of its row. A collective where the model's forward is.
+
+    The log-probabilities of a sequence must be the same whatever stands before it in the row, but for what the machine
+    does not repeat exactly.
 
     Args:
-        model: as transformers made it, or under an adapter.
-        half: whether it computes in half precision.
+        model: as accelerate has wrapped it, after `prepare`.
+        device: where it computes.
+        autocast: what it computes in.
 
-    Returns:
-        Whether its attention wants to be told where sequences begin; else it sees a block-diagonal mask that
-        transformers makes from the positions, of tokens x tokens.
+    Raises:
+        Refusal: when it does.
     """
-    config = _config(model)
-    if config._attn_implementation == "sdpa" and half and _kernel_can(config):
-        AttentionInterface.register(VARLEN, varlen_attention)
-        AttentionMaskInterface.register(VARLEN, sdpa_mask)
-        (model.get_base_model() if hasattr(model, "peft_config") else model).set_attn_implementation(VARLEN)
-    return config._attn_implementation == VARLEN or "flash" in config._attn_implementation
+    words = _config(model).vocab_size
+    first = torch.arange(8, device=device) * 31 % words
+    ours = (torch.arange(8, device=device) * 17 + 3) % words
 
+    def of_ours(stranger: torch.Tensor) -> torch.Tensor:
+        ids = torch.stack([stranger, ours])
+        return log_probabilities(model, ids, torch.ones_like(ids), 7)[0][1]
 
-def _kernel_can(config: Any) -> bool:
-    if varlen_attn is None or not {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
-        return False  # torch 2.10's had neither
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        return False
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width % 8 == 0 and width <= 256 and not getattr(config, "attention_dropout", 0.0)
+    with evaluating(model), torch.no_grad(), autocast():
+        once, again, beside_another = of_ours(first), of_ours(first), of_ours((first + 7) % words)
+    noise, leaked = (float((each - once).abs().max()) for each in (again, beside_another))
+    if not leaked <= SAME_LOGPROBS + 4 * noise:  # also where it is not a number
+        raise Refusal(
+            f"micro_batch_tokens: in a packed row the log-probabilities of a sequence change by {leaked:.3g} nats with "
+            f"what stands before it, so this model does not keep packed sequences apart; leave micro_batch_tokens out"
+        )
 
 
 def _config(model: Any) -> Any:
-    while not hasattr(model, "config"):  # DDP's wrapper has none
+    while hasattr(model, "module"):  # wrapped by DDP, or by DeepSpeed, whose `config` is its own
         model = model.module
     return model.config.get_text_config()
 
@@ -233,12 +279,11 @@ class PackedPasses(Trainer):  # type: ignore[misc]
 
     Attributes:
         micro_batch_tokens: the budget; None: passes and padding are TRL's.
-        cumulative: whether attention wants to be told where sequences begin.
     """
 
     micro_batch_tokens: int | None = None
-    cumulative = False
     _gathering: list[Mapping[str, Any]]
+    _known_apart = False
 
     def begin_packing(self, micro_batch_tokens: int | None, references: Sequence[Any] = ()) -> None:
         """Learn from packed micro-batches of so many tokens from now on, after TRL's ``__init__``.
@@ -250,10 +295,8 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         self.micro_batch_tokens, self._gathering = micro_batch_tokens, []
         if micro_batch_tokens is None:
             return
-        half = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.bfloat16, torch.float16)
-        for each in references:
-            choose_attention(self.accelerator.unwrap_model(each), half)
-        self.cumulative = choose_attention(self.model, half)
+        for each in (*references, self.model):
+            prepare(self.accelerator.unwrap_model(each))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """TRL's passes up to the end of an optimizer step, or of a generation inside of it, are learnt from at once.
@@ -262,6 +305,9 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         """
         if self.micro_batch_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        if not self._known_apart:
+            require_apart(model, self.accelerator.device, self.accelerator.autocast)
+            self._known_apart = True
         model.train()
         self._gathering.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients and (self._step + 1) % self.args.steps_per_generation:
@@ -294,11 +340,18 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         together = {name: self._gathered(name, value) for name, value in own.items()} if world > 1 else own
         learnt = together["completion_mask"] * together.get("tool_mask", 1)
-        lengths, learnt = torch.stack(
-            [together["prompt_mask"].sum(1) + together["completion_mask"].sum(1), learnt.sum(1)]
+        lengths, learnt, moves = torch.stack(
+            [
+                together["prompt_mask"].sum(1) + together["completion_mask"].sum(1),
+                learnt.sum(1),
+                (together["advantages"] != 0) | (self.beta != 0.0),
+            ]
         ).tolist()
         assert self.micro_batch_tokens is not None  # noqa: S101 - its caller knows
-        ((*passes,),) = fill([lengths], world, self.micro_batch_tokens)
+        teaching = _teaching(lengths, learnt, moves, world)
+        self._metrics["train"]["completions/left_out_ratio"].append(1 - len(teaching) / len(lengths))
+        ((*passes,),) = fill([[lengths[place] for place in teaching]], world, self.micro_batch_tokens)
+        passes = [[[teaching[number] for number in numbers] for numbers in shares] for shares in passes]
         made = []
         for shares in passes:
             # Metrics are gathered, which wants as many sequences of every process: some may be empty.
@@ -349,20 +402,31 @@ class PackedPasses(Trainer):  # type: ignore[misc]
             at_once: in one row, as a micro-batch is; else in as many as the budget asks for, and any process needs.
         """
         if at_once:
-            return log_probabilities(model, ids, mask, completion_tokens, self.cumulative)
+            return log_probabilities(model, ids, mask, completion_tokens)
         lengths = self.accelerator.gather(mask.sum(1)).view(self.accelerator.num_processes, -1).tolist()
         assert self.micro_batch_tokens is not None  # noqa: S101 - its caller knows
         passes = fill(lengths, 1, self.micro_batch_tokens)[self.accelerator.process_index]
         order = [place for shares in passes for place in shares[0]]
-        parts = [
-            log_probabilities(model, ids[places], mask[places], completion_tokens, self.cumulative)
-            for (places,) in passes
-        ]
+        parts = [log_probabilities(model, ids[places], mask[places], completion_tokens) for (places,) in passes]
         back = torch.empty(len(order), dtype=torch.long, device=ids.device)
         back[torch.tensor(order, device=ids.device)] = torch.arange(len(order), device=ids.device)
         logps = torch.cat([each for each, _ in parts])[back]
         entropies = [each for _, each in parts if each is not None]
         return logps, torch.cat(entropies)[back] if entropies else None
+
+
+def _teaching(lengths: Sequence[int], learnt: Sequence[int], moves: Sequence[int], least: int) -> list[int]:
+    """Places of the sequences that change the weights, and as many more, the shortest, as make `least`.
+
+    A sequence without an advantage adds nothing to the policy's loss, and one without tokens to learn from nothing to
+    any. What the loss is divided by does not depend on who is left out.
+
+    >>> _teaching([9, 9, 4, 7], learnt=[5, 5, 1, 0], moves=[1, 0, 0, 1], least=2)
+    [0, 2]
+    """
+    moving = [place for place, (tokens, moved) in enumerate(zip(learnt, moves, strict=True)) if tokens and moved]
+    others = sorted(set(range(len(lengths))) - set(moving), key=lambda place: (lengths[place], place))
+    return sorted(moving + others[: max(0, least - len(moving))])
 
 
 def _joined(slices: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

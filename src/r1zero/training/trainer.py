@@ -2,7 +2,8 @@
 
 Written against TRL 1.16.0. Three of its methods are wrapped, `_tokenize_prompts`, `_generate_single_turn` and
 `_calculate_rewards`; the sampler of the prompts is ours; `VLLMGeneration` is replaced where a policy server is in use;
-with packing, `_get_per_token_logps_and_entropies` is. A test fails when they move.
+with packing, `_get_per_token_logps_and_entropies` is, and what rounding makes of no spread is no advantage. A test
+fails when they move.
 """
 
 import hashlib
@@ -237,6 +238,13 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
             generation_batch if isinstance(generation_batch, MicroBatch) else super()._prepare_inputs(generation_batch)
         )
 
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.micro_batch_tokens is not None:
+            # The mean of eight rewards of 0.2 is not 0.2 in float32, and TRL divides the rest by 1e-4.
+            scored["advantages"] = scored["advantages"].masked_fill(self._without_spread, 0.0)
+        return scored
+
     def _get_per_token_logps_and_entropies(
         self,
         model: Any,
@@ -275,6 +283,9 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
                 for example, each in zip(inputs, graded, strict=True)
             ]
             rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        first = self.accelerator.process_index * len(prompts)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        self._without_spread = without_spread(rewards, group)[first : first + len(prompts)]
         with self.clock.phase("record"):
             self._record(inputs, prompts, completions, completion_ids_list, rewards)
         return rewards
@@ -342,6 +353,22 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def without_spread(rewards: torch.Tensor, group: int) -> torch.Tensor:
+    """Which completions are of a group that every reward function gives one reward; (completions,).
+
+    >>> without_spread(torch.tensor([[1.0, 0.2], [1.0, 0.2], [1.0, 0.2], [0.0, 0.2]]), group=2).tolist()
+    [True, True, False, False]
+
+    Args:
+        rewards: (completions, functions), NaN where a function gave none.
+        group: completions of one prompt.
+    """
+    grouped = rewards.view(-1, group, rewards.shape[1])
+    first = grouped[:, :1]
+    same = (grouped == first) | (grouped.isnan() & first.isnan())
+    return same.all(dim=2).all(dim=1).repeat_interleave(group)
 
 
 def seed_of(*what: int) -> int:
