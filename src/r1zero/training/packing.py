@@ -201,7 +201,7 @@ def _kernel_takes(query: torch.Tensor, kind: torch.dtype) -> bool:
 
 @cache
 def _kernel_options() -> frozenset[str]:
-    return frozenset(inspect.signature(varlen_attn).parameters if varlen_attn else ())
+    return frozenset(() if varlen_attn is None else inspect.signature(varlen_attn).parameters)
 
 
 def prepare(model: Any) -> None:
