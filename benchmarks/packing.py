@@ -7,8 +7,8 @@ Completion lengths are log-normal (sigma 0.6) around the mean and cut; each grou
 `--prompt`. A step is what follows a generation: log-probabilities of all completions by the policy that made them
 ("score"), then forward and backward passes ("learn"), with gradient checkpointing and without the optimizer, whose part
 is the same. Padded and packed take turns on the same tokens; loss and gradients of both are compared. Without a GPU the
-seconds are the processor's, of all threads, so that what else runs on the machine does not count. Weights may be random:
-`transformers`' `LlamaConfig` of any shape, saved with any tokenizer, will do.
+seconds are the processor's, of all threads, so that what else runs on the machine does not count. Weights may be
+random: `transformers`' `LlamaConfig` of any shape, saved with any tokenizer, will do.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Learning without padded tokens: micro-batches of whole sequences laid end to end, up to a budget of tokens.
 
-TRL cuts an optimizer step into passes of ``per_device_train_batch_size`` sequences and pads each to its longest. Here
-what those passes would hold, on all processes together, is divided anew: into as few micro-batches as the budget
-allows, equally many for every process (each forward and backward pass may be a collective) and of nearly equal work.
-A micro-batch goes through the model as one row, with positions that begin anew and attention that stays inside of each
-sequence; what comes out is scattered back into TRL's (sequences, tokens) layout, so that the loss is computed by TRL.
+TRL pads a generation to its longest prompt and its longest completion, and cuts it into passes of
+``per_device_train_batch_size`` sequences. Here what those passes would hold, on all processes together, is divided
+anew: without what teaches nothing, into as few micro-batches as the budget allows, equally many for every process (each
+forward and backward pass may be a collective) and of nearly equal work. A micro-batch goes through the model as one
+row, with positions that begin anew and attention that stays inside of each sequence; what comes out is scattered back
+into TRL's (sequences, tokens) layout, so that the loss is computed by TRL.
 """
 
 import contextlib
