@@ -327,7 +327,7 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 def scores(model: Any, lengths: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, Any]]:
     """Log-probabilities and entropies, packed and padded."""
     case = Case((tuple(lengths),), len(lengths), 1, 1, 1, "grpo", "token", False, 2, 5)
-    window = windows(case, model.config.vocab_size)[0]
+    window = {name: value.to(model.device) for name, value in windows(case, model.config.vocab_size)[0].items()}
     ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
     keep = window["completion_ids"].shape[1]
     packed = packing.log_probabilities(model, ids, mask, keep)
