@@ -389,12 +389,15 @@ def _shared_keys(asked: argparse.Namespace, work: Work, trainers: int, given: Ma
     }
 
 
-def _environment(work: Work, room: Path) -> dict[str, str]:
+def _environment(machine: Machine, work: Work, room: Path) -> dict[str, str]:
     paths = (str(PROJECT), str(PROJECT / "src"), os.environ.get("PYTHONPATH", ""))
     lengths = {LAW: work.law.dump()} if work.law else {"R1ZERO_BENCHMARK_NATURAL": "1"}
+    # Without GPUs vLLM's CPU build shares the cores with the trainer, as r1zero sets it up; nothing is compiled.
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE"}
     return {
         **os.environ,
         **lengths,
+        **({} if machine.gpus else {**cpu, "TORCHDYNAMO_DISABLE": "1"}),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "R1ZERO_BENCHMARK_NOTEBOOK": str((room / "notebook").resolve()),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot give the logprobs that both sides ask for
@@ -429,7 +432,7 @@ def _ours(
     file, run = room / "recipe.yaml", run_folder.RunFolder(room / "run")
     file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     start = ("-m", f"{SIDE}.ours") if work.law else (str(PROJECT / "launch" / "run.py"),)
-    env = {**_environment(work, room), **({"CUDA_VISIBLE_DEVICES": ",".join(machine.gpus)} if count else {})}
+    env = {**_environment(machine, work, room), **({"CUDA_VISIBLE_DEVICES": ",".join(machine.gpus)} if count else {})}
     _run({"r1zero": ([machine.python, *start, str(file), "--output_dir", str(run.path)], env)}, room, asked)
     return [line for line in run.read_metrics() if line["kind"] == "step"], trainers, recipe
 
@@ -452,7 +455,7 @@ def _stock(
     }
     share = config.pop("vllm_gpu_memory_utilization", None)
     processes: dict[str, tuple[list[str], dict[str, str]]] = {}
-    env = {**_environment(work, room), "VLLM_HOST_IP": hardware.LOOPBACK}
+    env = {**_environment(machine, work, room), "VLLM_HOST_IP": hardware.LOOPBACK}
     if mode == "trl-server":
         port, group_port = hardware.free_ports(2)
         flags = {
@@ -538,7 +541,7 @@ def _ceiling(asked: argparse.Namespace, machine: Machine, work: Work) -> bool:
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)
     engine = {"dtype": "bfloat16" if machine.gpus else "float32", "max_model_len": work.context}
-    engine |= {"gpu_memory_utilization": SHARE_ALONE} if machine.gpus else {"enforce_eager": True}
+    engine["gpu_memory_utilization"] = SHARE_ALONE if machine.gpus else SHARE_SHARED
     settings = {
         **{"model": str(work.model), "group": work.group, "longest": work.longest, "rounds": asked.ceiling_rounds},
         "prompts": [row["prompt"] for row in work.rows[: work.completions // work.group]],
@@ -546,7 +549,7 @@ def _ceiling(asked: argparse.Namespace, machine: Machine, work: Work) -> bool:
         "out": str((asked.out / "ceiling.json").resolve()),
     }
     (room / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    env = _environment(work, room) | ({"CUDA_VISIBLE_DEVICES": machine.gpus[0]} if machine.gpus else {})
+    env = _environment(machine, work, room) | ({"CUDA_VISIBLE_DEVICES": machine.gpus[0]} if machine.gpus else {})
     print(f"{time.strftime('%H:%M:%S')} vLLM alone ...", flush=True)
     try:
         _run({"offline": ([machine.python, "-m", f"{SIDE}.offline", str(room / "settings.json")], env)}, room, asked)
