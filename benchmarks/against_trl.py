@@ -9,8 +9,8 @@
 Each turn starts everything anew: for stock its server (`vllm serve` with the flags that TRL documents; `trl vllm-serve`
 is a deprecated wrapper of it) and its trainer at once; for r1zero launch/run.py with a recipe that is written here. The
 sides take turns, another one first in each round. FOLDER keeps a JSON file for each turn, with settings, versions,
-machine and seed; the same command with the same FOLDER adds rounds, and `--rounds 0` only writes the table and the
-picture anew. docs/performance.md says what the columns mean.
+machine and seed; the same command with the same FOLDER makes the turns that are missing, a larger `--rounds` adds some,
+and `--rounds 0` only writes the table and the picture anew. docs/performance.md says what the columns mean.
 
 Cases: fixed and spread force each completion's length on both sides by the same means (side_by_side/lengths.py);
 natural lets the model end by itself, so the two sides' lengths differ by chance.
@@ -68,7 +68,8 @@ VLLM = "vllm.entrypoints.cli.main"
 MODES = ("r1zero", "trl-server", "trl-colocate", "trl-transformers")
 GOLD = re.compile(r"####\s*(-?[\d,.]+)\s*$")  # of GSM8K
 SHARE_ALONE, SHARE_SHARED = 0.9, 0.3  # of a GPU for vLLM: vLLM's default and TRL's
-SHOWN_LINES = 25
+SHOWN_LINES = 15
+ERROR = re.compile(r"\b\w*(Error|Exception): ")
 
 # Dimensions of Qwen2.5 (its config.json on the hub), for weights at random.
 SHAPES = {
@@ -137,12 +138,14 @@ def main() -> int:
     if asked.ceiling_rounds and not (asked.out / "ceiling.json").is_file():
         failed += not _ceiling(asked, machine, work)
     sides = [(mode, variant) for mode in asked.modes for variant in _variants(mode, asked.sweep)]
-    first = max((turn.round for turn in results.load(asked.out)), default=-1) + 1
-    for number in range(first, first + asked.rounds):
+    done = {(turn.name, turn.round) for turn in results.load(asked.out)}
+    for number in range(asked.rounds):
         turned = number % len(sides)
         for mode, variant in (*sides[turned:], *sides[:turned]):
+            if (f"{mode} {_words(variant)}".strip(), number) in done:
+                continue
             if asked.seconds and time.monotonic() - began > asked.seconds:
-                print(f"no further turn: {asked.seconds} s are over; the same command adds rounds", flush=True)
+                print(f"no further turn, {asked.seconds:g} s are over; the same command goes on", flush=True)
                 break
             failed += not _turn(asked, machine, work, mode, variant, number)
     _conclude(asked, machine)
@@ -153,14 +156,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, nargs="?", help="a folder with config, weights and tokenizer")
-    add("--out", type=Path, required=True, help="where results are kept; existing ones are added to")
+    add("--out", type=Path, required=True, help="where results are kept; turns found there are not made again")
     add("--modes", nargs="+", choices=MODES, default=["r1zero", "trl-server"])
     add("--case", choices=("fixed", "spread", "natural"), default="spread")
     add("--mean", type=float, default=400, help="of the spread, before it is cut; tokens")
     add("--longest", type=int, default=1024, help="where completions are cut; all have it in the case fixed; tokens")
     add("--completions", type=int, default=512, help="a step")
     add("--group", type=int, default=8, help="completions of a prompt")
-    add("--rounds", type=int, default=3)
+    add("--rounds", type=int, default=3, help="in all, with those in FOLDER")
     add("--steps", type=int, default=6, help="of each turn that count")
     add("--warmup", type=int, default=2, help="steps before these")
     add("--seed", type=int, default=0, help="of lengths, synthetic prompts, random weights and both trainers")
@@ -314,11 +317,15 @@ def _keys(texts: Sequence[str]) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}
 
 
+def _words(variant: Mapping[str, Any]) -> str:
+    return ",".join(f"{key}={value}" for key, value in variant.items())
+
+
 def _turn(
     asked: argparse.Namespace, machine: Machine, work: Work, mode: str, variant: Mapping[str, Any], number: int
 ) -> bool:
     """One turn of one side, kept as JSON; whether it went well."""
-    words = ",".join(f"{key}={value}" for key, value in variant.items())
+    words = _words(variant)
     label = f"round {number} {mode} {words}".strip()
     room = asked.out / "work" / re.sub(r"[^\w.=-]+", "_", label)
     shutil.rmtree(room, ignore_errors=True)
@@ -424,7 +431,8 @@ def _ours(
         **{"prompt_template": asked.prompt_template, "model_name_or_path": str(work.model), "dtype": asked.dtype},
         **{"reward_funcs": [f"{SIDE}.reward:reward"], "use_vllm": True, "vllm_mode": "server"},
         **({"server_gpus": servers, "trainer_gpus": trainers} if count else {}),
-        **{"eval_count": 0, "eval_on_start": False, "decontaminate_ngram": 0, "vllm_max_model_length": work.context},
+        **{"eval_count": 0, "eval_on_start": False, "decontaminate_ngram": 0},
+        "max_prompt_tokens": work.context - work.longest,  # of which r1zero makes the server's --max-model-len
         **given,
     }
     per_device = recipe["per_device_train_batch_size"]
@@ -532,7 +540,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:])
+    """Where a log is and its last lines; before them the first that names an error, which is mostly the cause."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next((line for line in lines[:-SHOWN_LINES] if ERROR.search(line)), None)
+    return "\n".join([str(log), *([first, "..."] if first else []), *lines[-SHOWN_LINES:]])
 
 
 def _ceiling(asked: argparse.Namespace, machine: Machine, work: Work) -> bool:
@@ -540,8 +551,9 @@ def _ceiling(asked: argparse.Namespace, machine: Machine, work: Work) -> bool:
     room = asked.out / "work" / "ceiling"
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)
-    engine = {"dtype": "bfloat16" if machine.gpus else "float32", "max_model_len": work.context}
-    engine["gpu_memory_utilization"] = SHARE_ALONE if machine.gpus else SHARE_SHARED
+    engine: dict[str, Any] = {"dtype": "bfloat16" if machine.gpus else "float32", "max_model_len": work.context}
+    engine |= {"gpu_memory_utilization": SHARE_ALONE if machine.gpus else SHARE_SHARED}
+    engine |= {} if machine.gpus else {"enforce_eager": True}
     settings = {
         **{"model": str(work.model), "group": work.group, "longest": work.longest, "rounds": asked.ceiling_rounds},
         "prompts": [row["prompt"] for row in work.rows[: work.completions // work.group]],
@@ -581,8 +593,10 @@ def _versions() -> dict[str, str]:
     for name in run_folder.PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=False)
-    return {**found, "commit": commit.stdout.strip(), "host": os.uname().nodename}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a copy without git
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True)
+        found["commit"] = commit.stdout.strip()
+    return {**found, "host": os.uname().nodename}
 
 
 if __name__ == "__main__":

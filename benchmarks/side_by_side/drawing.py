@@ -34,9 +34,9 @@ def phases_svg(turns: Sequence[Turn], title: str) -> str:
         f'<text x="12" y="22" font-size="15">{escape(title)}</text>',
     ]
     for at, phase in enumerate(PHASES):
-        x = LEFT + at * 110
-        parts.append(f'<rect x="{x}" y="36" width="12" height="12" fill="{COLOURS[phase]}"/>')
-        parts.append(f'<text x="{x + 18}" y="47">{phase}</text>')
+        key = LEFT + at * 110
+        parts.append(f'<rect x="{key}" y="36" width="12" height="12" fill="{COLOURS[phase]}"/>')
+        parts.append(f'<text x="{key + 18}" y="47">{phase}</text>')
     for at, name in enumerate(names):
         y, x = 66 + at * (BAR + GAP), float(LEFT)
         parts.append(f'<text x="{LEFT - 8}" y="{y + 18}" text-anchor="end">{escape(name)}</text>')

@@ -21,10 +21,11 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def reward(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
     """A number for each completion; called as TRL calls reward functions."""
-    lengths = [len(ids) for ids in completion_ids]
-    file = Path(f"{os.environ[NOTEBOOK]}.{os.environ.get('RANK', '0')}")
-    with file.open("a", encoding="utf-8") as notebook:
-        notebook.write(json.dumps({"time": time.time(), "lengths": lengths}) + "\n")
+    if columns.get("trainer_state") is not None:  # r1zero also asks before training
+        file = Path(f"{os.environ[NOTEBOOK]}.{os.environ.get('RANK', '0')}")
+        with file.open("a", encoding="utf-8") as notebook:
+            lengths = [len(ids) for ids in completion_ids]
+            notebook.write(json.dumps({"time": time.time(), "lengths": lengths}) + "\n")
     if NATURAL not in os.environ:
         return [float(sum(ids) % 2) for ids in completion_ids]
     if "verdict" in columns:

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from r1zero.training.clock import Clock
 
 
-class TimedTrainer(GRPOTrainer):
+class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
     """TRL's, timed. Loading the weights into vLLM is "publish", as r1zero calls it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ def test_lengths_depend_on_seed_prompt_and_place_alone() -> None:
     in_order = [first.next_length(one) for _ in range(8)] + [first.next_length(other) for _ in range(8)]
     mixed = [second.next_length(prompt) for _ in range(8) for prompt in (other, one)]
     assert mixed[1::2] + mixed[0::2] == in_order
+    assert len(set(in_order[:8])) > 4
     assert [first.next_length(one) for _ in range(8)] == in_order[:8]
     assert in_order != [Law("spread", 400, 1024, 8, seed=1).length(one, place) for place in range(8)] + in_order[8:]
 
