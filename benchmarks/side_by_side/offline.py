@@ -21,14 +21,17 @@ def main() -> None:
     tokenizer = engine.get_tokenizer()
     prompts = [{"prompt_token_ids": tokenizer(text)["input_ids"]} for text in settings["prompts"]]
     sampling = SamplingParams(n=settings["group"], temperature=1.0, max_tokens=settings["longest"], detokenize=False)
-    speeds = []
+    speeds, counts = [], []
     for _ in range(settings["rounds"] + 1):  # the first warms up
         began = time.perf_counter()
         made = engine.generate(prompts, sampling, use_tqdm=False)
         tokens = sum(len(one.token_ids) for each in made for one in each.outputs)
         speeds.append(tokens / (time.perf_counter() - began))
+        counts.append(tokens)
         engine.reset_prefix_cache()
-    Path(settings["out"]).write_text(json.dumps({"tokens_per_second": speeds[1:]}), encoding="utf-8")
+    Path(settings["out"]).write_text(
+        json.dumps({"tokens_per_second": speeds[1:], "tokens": counts[1:]}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -160,7 +160,10 @@ class Spread:
         return cls(statistics.median(found), min(found), max(found))
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.least:.3g} to {self.most:.3g})"
+        median, least, most = (
+            f"{each:,.0f}" if each >= 1000 else f"{each:.3g}" for each in (self.median, self.least, self.most)
+        )
+        return f"{median} ({least} to {most})"
 
 
 def ratios(turns: Sequence[Turn], ours: str, theirs: str) -> Spread | None:

@@ -83,6 +83,11 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert "r1zero is 2.50 (2.00 to 3.00) x as fast as trl-server" in results.table(turns, QWEN_1_5B, 989.5)
 
 
+def test_large_numbers_are_written_out() -> None:
+    assert str(Spread.of([41250.4, 1000.4, 3.14159])) == "1,000 (3.14 to 41,250)"
+    assert str(Spread.of([2.0])) == "2 (2 to 2)"
+
+
 def test_unequal_work_is_said() -> None:
     same, more = turn("r1zero", 0, 2.0, 2.0), Turn("trl-server", "", 0, [step(4.0), step(4.0, lengths=(10, 31))])
     assert not results.unequal_work([same, turn("trl-server", 0, 9.0, 9.0)])
