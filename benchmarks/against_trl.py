@@ -10,7 +10,8 @@ Each turn starts everything anew: for stock its server (`vllm serve` with the fl
 is a deprecated wrapper of it) and its trainer at once; for r1zero launch/run.py with a recipe that is written here. The
 sides take turns, another one first in each round. FOLDER keeps a JSON file for each turn, with settings, versions,
 machine and seed; the same command with the same FOLDER makes the turns that are missing, a larger `--rounds` adds some,
-and `--rounds 0` only writes the table and the picture anew. docs/performance.md says what the columns mean.
+other keys of `--stock` and `--ours` add a side, and `--rounds 0` only writes table and picture anew.
+docs/performance.md says what the columns mean.
 
 Cases: fixed and spread force each completion's length on both sides by the same means (side_by_side/lengths.py);
 natural lets the model end by itself, so the two sides' lengths differ by chance.
@@ -142,7 +143,7 @@ def main() -> int:
     for number in range(asked.rounds):
         turned = number % len(sides)
         for mode, variant in (*sides[turned:], *sides[:turned]):
-            if (f"{mode} {_words(variant)}".strip(), number) in done:
+            if (f"{mode} {_words(asked, mode, variant)}".strip(), number) in done:
                 continue
             if asked.seconds and time.monotonic() - began > asked.seconds:
                 print(f"no further turn, {asked.seconds:g} s are over; the same command goes on", flush=True)
@@ -317,15 +318,17 @@ def _keys(texts: Sequence[str]) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}
 
 
-def _words(variant: Mapping[str, Any]) -> str:
-    return ",".join(f"{key}={value}" for key, value in variant.items())
+def _words(asked: argparse.Namespace, mode: str, variant: Mapping[str, Any]) -> str:
+    """The keys by which a side differs from its usual settings: part of its name, so that turns are never mixed up."""
+    given = _keys(asked.ours if mode == "r1zero" else asked.stock)
+    return ",".join(f"{key}={value}" for key, value in {**given, **variant}.items())
 
 
 def _turn(
     asked: argparse.Namespace, machine: Machine, work: Work, mode: str, variant: Mapping[str, Any], number: int
 ) -> bool:
     """One turn of one side, kept as JSON; whether it went well."""
-    words = _words(variant)
+    words = _words(asked, mode, variant)
     label = f"round {number} {mode} {words}".strip()
     room = asked.out / "work" / re.sub(r"[^\w.=-]+", "_", label)
     shutil.rmtree(room, ignore_errors=True)
