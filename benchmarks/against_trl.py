@@ -585,7 +585,8 @@ def _conclude(asked: argparse.Namespace, machine: Machine) -> None:
     file = asked.out / "ceiling.json"
     ceiling = json.loads(file.read_text())["tokens_per_second"] if file.is_file() else []
     text = results.table(turns, shape.shape if shape else None, peak, ceiling)
-    title = f"{asked.model.name}, {turns[0].gpus} x {gpu or 'CPU'}, {asked.completions} completions, {asked.case}"
+    where = f"{turns[0].gpus} x {gpu}" if gpu else "CPU"
+    title = f"{asked.model.name}, {where}, {asked.completions} completions, {asked.case}"
     (asked.out / "summary.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     (asked.out / "phases.svg").write_text(phases_svg(turns, title), encoding="utf-8")
     print(f"\n{title}\n\n{text}\n\nkept in {asked.out}", flush=True)
