@@ -40,6 +40,7 @@ if __name__ == "__main__":
         made = llm.generate(prompts, sampling, use_tqdm=False)
         tokens = sum(len(one.token_ids) for each in made for one in each.outputs)
         speeds.append(tokens / (time.perf_counter() - began))
+        print("vLLM offline, a round:", round(speeds[-1]), "tokens/s", flush=True)
         llm.reset_prefix_cache()
     json.dump(speeds[1:], open(sys.argv[2], "w"))
 """
@@ -64,12 +65,15 @@ def main() -> None:
     # No token ends a completion: both make exactly so many.
     ask = replace(ask, end_ids=())
     with tempfile.TemporaryDirectory() as folder:
+        # Each is said as soon as it is known: the second may be cut off.
+        print(f"{len(ask.prompt_ids)} prompts x {asked.samples} x {asked.tokens} tokens, tokens/s")
         ours = evaluated(ask, asked.rounds, here, Path(folder))
+        print(f"ours {statistics.median(ours):,.0f} {[round(each) for each in ours]}", flush=True)
         theirs = offline(ask, asked, cpu, Path(folder))
-    shown = f"{len(ask.prompt_ids)} prompts x {asked.samples} x {asked.tokens} tokens"
-    one, other = statistics.median(ours), statistics.median(theirs)
-    print(f"{shown}: ours {one:,.0f} tokens/s {[round(x) for x in ours]}")
-    print(f"vLLM offline {other:,.0f} tokens/s {[round(x) for x in theirs]}: {100 * one / other:.1f} % of that")
+    share = statistics.median(ours) / statistics.median(theirs)
+    print(
+        f"vLLM offline {statistics.median(theirs):,.0f} {[round(each) for each in theirs]}: ours is {share:.1%} of that"
+    )
 
 
 def evaluated(ask: asking.Ask, rounds: int, here: hardware.Hardware, folder: Path) -> list[float]:

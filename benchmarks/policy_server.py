@@ -1,10 +1,12 @@
-"""What an adapter costs: publishing it, and generating through it against generating without, on one server.
+"""What an adapter costs: publishing it, and generating with it against generating with the base alone.
 
-    python benchmarks/policy_server.py MODEL_FOLDER [--completions 16 128] [--tokens 512] [--turns 3]
+    python benchmarks/policy_server.py MODEL_FOLDER [--completions 16 128] [--tokens 512] [--turns 3] [--publishes 200]
 
-Starts `vllm serve` as a plan does (on the first GPU, or vLLM's CPU build where there is none) and publishes a LoRA of
-rank 64 on all seven projections twelve times over. Base and adapter take turns. Weights may be random: `transformers`'
-`Qwen2Config` of any shape, saved with any tokenizer, will do.
+Starts `vllm serve` as a plan does (on the first GPU, or vLLM's CPU build where there is none), once for adapters under
+names of their own and once for adapters folded into the weights, and publishes a LoRA of rank 64 on all seven
+projections again and again. On each server base and adapter take turns; where they are folded, the base is an adapter
+of zeros. What was folded is then compared with weights merged by PEFT, after the first publish as after the last.
+Weights may be random: `transformers`' `Qwen2Config` of any shape, saved with any tokenizer, will do.
 """
 
 import argparse
@@ -14,7 +16,11 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +31,80 @@ from r1zero.hardware import free_ports
 from r1zero.model_facts import PROJECTIONS
 from r1zero.policy_client import PolicyClient
 from r1zero.policy_server import serve_argv, serve_env, wait_until_ready
-from r1zero.serving import PUBLISH_FOLDER, TOKEN
+from r1zero.serving import FOLDED, PUBLISH_FOLDER, TOKEN
 from r1zero.training import policy_sync
+from r1zero.training.probe import trainer_logprobs
 
 RANK = 64
-PUBLISHES = 12
 PROMPT_TOKENS = 128
+NAMED_PUBLISHES = 12
+SEQUENCES = [[5 + (i * 31 + j * (i + 3)) % 90 for j in range(PROMPT_TOKENS)] for i in range(8)]
+
+
+class Policy:
+    """The trainer's side: a base in the servers' dtype, and an adapter whose weights are drawn anew by number."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.accelerator, self.dtype = Accelerator(), dtype
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.accelerator.device)
+        self.model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(PROJECTIONS)))
+
+    def draw(self, seed: int) -> None:
+        """0 is an adapter that changes nothing; any other changes each weight by about a tenth of its size."""
+        generator = torch.Generator(self.accelerator.device).manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0.0, 0.02, generator=generator) if seed else weight.zero_()
+
+    def logprobs(self, *, merged: bool) -> torch.Tensor:
+        """Of the tokens of `SEQUENCES`, by the trainer; nats."""
+        if not merged:
+            return _flat(trainer_logprobs(self.model, self.accelerator, SEQUENCES))
+        self.model.merge_adapter()
+        try:
+            return _flat(trainer_logprobs(self.model, self.accelerator, SEQUENCES))
+        finally:
+            self.model.unmerge_adapter()
+
+
+class Served:
+    """One server and the publisher that speaks to it."""
+
+    def __init__(self, client: PolicyClient, policy: Policy, folder: Path, route: str) -> None:
+        self.client, self.policy = client, policy
+        self._publisher = policy_sync.make(
+            route,
+            policy.model,
+            policy.accelerator,
+            client,
+            publish_folder=folder,
+            timeout_s=120,
+            group_port=0,
+            dtype=policy.dtype,
+        )
+        self._versions = count()
+        self.seconds: list[float] = []
+        self.bytes = 0
+
+    def publish(self, seed: int) -> str | None:
+        """Draw an adapter and publish it; returns the name that it has there."""
+        self.policy.draw(seed)
+        done = self._publisher.publish(next(self._versions))
+        self.seconds.append(done.seconds)
+        self.bytes = done.bytes
+        return self._publisher.adapter_name
+
+    def logprobs(self) -> torch.Tensor:
+        """Of the tokens of `SEQUENCES`, by the server; nats."""
+        return _flat(self.client.prompt_logprobs(SEQUENCES, timeout_s=120)[0])
+
+    def say_publishes(self, label: str) -> None:
+        print(
+            f"{label}: {len(self.seconds)} publishes of {self.bytes / 1e6:.0f} MB: median "
+            f"{statistics.median(self.seconds):.3f} s, {min(self.seconds):.3f} to {max(self.seconds):.3f}, the first "
+            f"{self.seconds[0]:.3f}"
+        )
 
 
 def main() -> None:
@@ -39,77 +113,121 @@ def main() -> None:
     parser.add_argument("--completions", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--publishes", type=int, default=200)
     asked = parser.parse_args()
+    policy = Policy(asked.model, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    base: dict[int, float] = {}
+    with serving(asked, policy, "folded") as server:
+        same_after_many(server, asked.publishes)
+        for completions in asked.completions:
+            of_base, with_adapter = in_turns(server, asked, completions, lambda seed: server.publish(seed))
+            base[completions] = of_base
+            say(f"{completions} completions, folded", with_adapter, of_base)
+    with serving(asked, policy, "adapter") as server:
+        for seed in range(1, NAMED_PUBLISHES + 1):
+            name = server.publish(seed)
+        server.say_publishes("under a name")
+        for completions in asked.completions:
+            of_base, with_adapter = in_turns(server, asked, completions, lambda seed: name if seed else None)
+            say(f"{completions} completions, base of a server for adapters", of_base, base[completions])
+            say(f"{completions} completions, adapter under a name", with_adapter, base[completions])
+
+
+@contextmanager
+def serving(asked: argparse.Namespace, policy: Policy, route: str) -> Iterator[Served]:
+    """A server for one way of publishing."""
     cpu = not torch.cuda.is_available()
-    dtype = torch.float32 if cpu else torch.bfloat16
     (port,) = free_ports(1)
     token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
+    folded = route == "folded"
+    lora: dict[str, Any] = {"lora_rank": RANK, "lora_target_modules": PROJECTIONS}
     argv = serve_argv(
         model=str(asked.model),
         port=port,
         gpu_memory_utilization=0.4,
         max_model_len=PROMPT_TOKENS + asked.tokens,
         max_num_seqs=max(asked.completions),
-        dtype=str(dtype).removeprefix("torch."),
-        lora_rank=RANK,
-        lora_target_modules=PROJECTIONS,
+        dtype=str(policy.dtype).removeprefix("torch."),
         cpu=cpu,
+        **({"weight_transfer": FOLDED} if folded else lora),
     )
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, tempfile.TemporaryFile() as log:
         secret = {TOKEN: token, PUBLISH_FOLDER: folder}
-        env = {**os.environ, **dict(serve_env(adapters=True, cpu=cpu)), **secret}
+        env = {**os.environ, **dict(serve_env(adapters=not folded, cpu=cpu)), **secret}
         server = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
         try:
-            waited = wait_until_ready(url, deadline_s=900, check=lambda: _alive(server), token=token)
-            print(f"server ready after {waited:.0f} s")
+            waited = wait_until_ready(url, deadline_s=900, check=lambda: _alive(server, log), token=token)
+            print(f"publish {route}: server ready after {waited:.0f} s")
             with PolicyClient([url], token, generation_timeout_s=600) as client:
-                adapter = publish(asked.model, dtype, client, Path(folder))
-                for count in asked.completions:
-                    generate(client, adapter, count, asked.tokens, asked.turns)
+                yield Served(client, policy, Path(folder), route)
         finally:
             server.terminate()
             server.wait(60)
 
 
-def publish(model: Path, dtype: torch.dtype, client: PolicyClient, folder: Path) -> str:
-    """Publish a LoRA again and again; returns the name of the last one."""
-    accelerator = Accelerator()
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(accelerator.device)
-    policy = get_peft_model(policy, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(PROJECTIONS)))
-    publisher = policy_sync.make(
-        "adapter", policy, accelerator, client, publish_folder=folder, timeout_s=120, group_port=0, dtype=dtype
-    )
-    done = [publisher.publish(version) for version in range(PUBLISHES)]
-    seconds = [each.seconds for each in done]
+def same_after_many(server: Served, publishes: int) -> None:
+    """Fold other adapters again and again: does the first one then still give the same policy?"""
+    first = None
+    for number in range(publishes):
+        server.publish(1 if number in (0, publishes - 1) else number + 1)
+        if number == 0:
+            first = server.logprobs()
+    assert first is not None  # noqa: S101 - there is at least one publish
+    last = server.logprobs()
+    server.say_publishes("folded")
+    server.policy.draw(1)
+    merged, unmerged = (server.policy.logprobs(merged=each) for each in (True, False))
+    server.policy.draw(0)
     print(
-        f"publish {done[0].bytes / 1e6:.0f} MB: median {statistics.median(seconds):.3f} s, "
-        f"{min(seconds):.3f} to {max(seconds):.3f}, the first {seconds[0]:.3f}"
+        f"logprobs of {len(last)} tokens, mean |difference| in nats: folded after 1 publish to merged weights "
+        f"{_apart(first, merged)}, after {publishes} {_apart(last, merged)}; after 1 to after {publishes} "
+        f"{_apart(first, last)}; unmerged to merged, both by the trainer, {_apart(unmerged, merged)}; "
+        f"without the adapter {_apart(server.policy.logprobs(merged=False), merged)}"
     )
-    assert publisher.adapter_name is not None  # noqa: S101 - it was published
-    return publisher.adapter_name
 
 
-def generate(client: PolicyClient, adapter: str, count: int, tokens: int, turns: int) -> None:
-    """Tokens a second with and without the adapter, in turns."""
-    sampling = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
-    speeds: dict[str | None, list[float]] = {None: [], adapter: []}
-    for turn in range(turns):
-        for name, found in speeds.items():
+def in_turns(
+    server: Served, asked: argparse.Namespace, completions: int, choose: Callable[[int], str | None]
+) -> tuple[float, float]:
+    """Tokens a second of the base and of an adapter, in turns: the median of each."""
+    sampling = {"max_tokens": asked.tokens, "min_tokens": asked.tokens, "ignore_eos": True, "temperature": 1.0}
+    speeds: dict[int, list[float]] = {0: [], 1: []}
+    for turn in range(asked.turns):
+        for seed, found in speeds.items():
+            name = choose(seed)
             # Other prompts each time, or the prefix cache would have them.
-            prompts = [[5 + (turn * 31 + i * 7 + j) % 90 for j in range(PROMPT_TOKENS)] for i in range(count)]
+            prompts = [[5 + (turn * 31 + i * 7 + j) % 90 for j in range(PROMPT_TOKENS)] for i in range(completions)]
             began = time.perf_counter()
-            made = client.collect(client.submit(prompts, sampling, model=name))
+            made = server.client.collect(server.client.submit(prompts, sampling, model=name))
             found.append(sum(len(each.completion_ids) for each in made) / (time.perf_counter() - began))
-    base, through = (statistics.median(found) for found in speeds.values())
-    print(
-        f"{count} completions of {tokens} tokens: base {base:,.0f} tokens/s {[round(x) for x in speeds[None]]}, "
-        f"through the adapter {through:,.0f} {[round(x) for x in speeds[adapter]]}: {through / base:.2f} of that"
-    )
+    turns = f"{_whole(speeds[0])} and {_whole(speeds[1])}"
+    print(f"{completions} completions of {asked.tokens} tokens, tokens/s in turns: {turns}")
+    return statistics.median(speeds[0]), statistics.median(speeds[1])
 
 
-def _alive(server: "subprocess.Popen[bytes]") -> None:
+def say(label: str, speed: float, base: float) -> None:
+    print(f"{label}: {speed:,.0f} tokens/s, {speed / base:.3f} of the base alone")
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> str:
+    difference = (one - other).abs()
+    return f"{float(difference.mean()):.2g} (at most {float(difference.max()):.2g})"
+
+
+def _whole(speeds: list[float]) -> str:
+    return " ".join(f"{each:,.0f}" for each in speeds)
+
+
+def _flat(logprobs: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([value for each in logprobs for value in each], dtype=torch.float64)
+
+
+def _alive(server: "subprocess.Popen[bytes]", log: Any) -> None:
     if server.poll() is not None:
-        raise SystemExit(f"the server ended with exit code {server.returncode}")
+        log.seek(0)
+        raise SystemExit(
+            f"the server ended with exit code {server.returncode}:\n{log.read()[-3000:].decode(errors='replace')}"
+        )
 
 
 if __name__ == "__main__":

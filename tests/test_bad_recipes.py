@@ -36,6 +36,47 @@ MODEL = {"model_name_or_path": "./model"}  # a folder with a config.json of 512 
 
 # name: (keys over GOOD, hardware, words that the message must hold)
 BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
+    "no budget to pack to": ({"micro_batch_tokens": 0}, "1x0", ["micro_batch_tokens = 0", "at least 1 token"]),
+    "packing a mean over the tokens of a pass": (
+        {"micro_batch_tokens": 4096, "loss_type": "bnpo"},
+        "1x0",
+        ["loss_type = 'bnpo'", "mean over the tokens of a pass", "dapo"],
+    ),
+    "packing with an entropy bonus": (
+        {"micro_batch_tokens": 4096, "entropy_coef": 0.01},
+        "1x0",
+        ["entropy_coef = 0.01", "drop micro_batch_tokens"],
+    ),
+    "packing with the bonus that moves": (
+        {"micro_batch_tokens": 4096, "use_adaptive_entropy": True},
+        "1x0",
+        ["use_adaptive_entropy = True", "entropy bonus", "drop micro_batch_tokens"],
+    ),
+    "packing with a quantile of a pass": (
+        {"micro_batch_tokens": 4096, "top_entropy_quantile": 0.2},
+        "1x0",
+        ["top_entropy_quantile = 0.2", "depends on the pass"],
+    ),
+    "packing with Liger's layers": (
+        {"micro_batch_tokens": 4096, "use_liger_kernel": True},
+        "1x0",
+        ["use_liger_kernel = True", "packed rows"],
+    ),
+    "packing with experts": (
+        {"micro_batch_tokens": 4096, "router_aux_loss_coef": 0.01},
+        "1x0",
+        ["router_aux_loss_coef = 0.01", "experts"],
+    ),
+    "packing with an attention nobody has looked at": (
+        {"micro_batch_tokens": 4096, "attn_implementation": "flex_attention"},
+        "1x0",
+        ["attn_implementation = 'flex_attention'", "sdpa, flash_attention_2"],
+    ),
+    "packing a model of another kind": (
+        {"micro_batch_tokens": 4096, **MODEL},
+        "1x0",
+        ["micro_batch_tokens = 4096", "llama, mistral, qwen2, qwen3", "leave micro_batch_tokens out"],
+    ),
     "misspelt TRL key": (
         {"num_generation": 8},
         "1x0",

@@ -101,6 +101,19 @@ def test_deepspeed_keeps_weights_in_bf16_a_copy_in_fp32_and_adds_gradients_up_in
     assert held("--dtype", "float32", "--bf16", "false", zero_stage=2, processes=1)[0] == pytest.approx(4)
 
 
+def test_packed_passes_are_as_large_as_their_budget() -> None:
+    whole = ("--max_prompt_tokens", "256", "--max_completion_length", "768", "--per_device_train_batch_size", "16")
+    padded = trainer(*whole)
+    packed = [trainer(*whole, "--micro_batch_tokens", str(budget)) for budget in (16 * 1024, 4096, 1024, 64)]
+    activations = [part(need, "activations") for need in packed]
+    assert activations[0] == part(padded, "activations") and packed[0].total == padded.total
+    assert activations[0] > activations[1] > activations[2] == activations[3]  # one sequence has to fit
+    # However many completions TRL has in a pass, there may be several passes.
+    one_pass = ("--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "16", "--beta", "0.1")
+    budget = ("--micro_batch_tokens", "16384")
+    assert held(*one_pass, *budget, zero_stage=2, processes=4) == pytest.approx([2, 2, 2 * 2 / 4, 12 / 4])
+
+
 def test_a_small_model_is_gathered_whole_and_no_further() -> None:
     tiny = ModelShape(64, 2, 2, 2, 32, 128, 200, tied_embeddings=True)
     need = memory.trainer(tiny, recipe.load(QLORA, FULL), processes=2, zero_stage=3)

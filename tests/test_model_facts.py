@@ -131,3 +131,23 @@ def test_a_model_that_is_not_in_the_cache_is_unknown_without_a_download_and_not_
 def test_a_name_that_no_hub_model_can_have() -> None:
     with pytest.raises(ModelNotFound):
         model_facts.read("org//model", None, download=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "llama"}, None),
+        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding window"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"], "sliding_window": None}, None),
+        ({"model_type": "mistral"}, "sliding window"),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mamba"}, "and this is mamba"),
+    ],
+)
+def test_which_models_keep_packed_sequences_apart(config: dict[str, object], why: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    facts = model_facts.read(str(tmp_path), None, download=False)
+    assert facts is not None
+    assert facts.unpackable is None if why is None else why in str(facts.unpackable)

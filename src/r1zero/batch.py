@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from r1zero.model_facts import ModelFacts
 from r1zero.recipe import Recipe
 
 
@@ -79,3 +80,18 @@ def of(recipe: Recipe, processes: int) -> Batch:
         why = f"an optimizer step takes {one_pass * accumulation} completions, which is not whole groups of {group}"
         raise recipe.fault("num_generations", why, "make per_device x processes x accumulation a multiple of it")
     return Batch(processes, per_device, accumulation, group, passes, recipe["num_iterations"])
+
+
+def check_packing(recipe: Recipe, model: ModelFacts | None) -> None:
+    """Refuse to pack what this model would not keep apart.
+
+    Args:
+        recipe: what is trained and how.
+        model: None where nothing is known of it yet; the trainer asks again when it is there.
+
+    Raises:
+        RecipeError: when the recipe packs and the model cannot.
+    """
+    why = model.unpackable if model else None
+    if recipe.own.micro_batch_tokens is not None and why:
+        raise recipe.fault("micro_batch_tokens", why, "leave micro_batch_tokens out, or take another model")

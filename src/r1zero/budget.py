@@ -391,7 +391,9 @@ def _trainer_limit(recipe: Recipe, left_gib: float) -> float:
 
 def _smaller(recipe: Recipe) -> str:
     """What makes a trainer need less, and the same step."""
-    if recipe["per_device_train_batch_size"] > 1:
+    if recipe.own.micro_batch_tokens is not None:
+        less = "a smaller micro_batch_tokens"
+    elif recipe["per_device_train_batch_size"] > 1:
         less = "a smaller per_device_train_batch_size with as much more gradient_accumulation_steps"
     else:
         less = "a smaller max_completion_length or max_prompt_tokens"

@@ -157,6 +157,8 @@ def trainer(
     completion = recipe["max_completion_length"] or PROMPT_WITHOUT_LIMIT
     sequence = (recipe.own.max_prompt_tokens or PROMPT_WITHOUT_LIMIT) + completion
     tokens = recipe["per_device_train_batch_size"] * sequence
+    if recipe.own.micro_batch_tokens is not None:
+        tokens = max(recipe.own.micro_batch_tokens, sequence)  # one sequence alone may be beyond the budget
     kv_cache = generated * sequence * shape.kv_bytes_per_token(width)
     moments = {
         "activations": _activations(shape, recipe, tokens, width) + held.buckets,
@@ -251,7 +253,8 @@ def _sharded(
     state = share * (FP32 + _optimizer_bytes(recipe["optim"], FP32))
     if zero_stage == 2:
         # What earlier passes of the step left, and what this one adds to it.
-        gradients *= 2 if recipe["gradient_accumulation_steps"] > 1 else 1
+        several = recipe["gradient_accumulation_steps"] > 1 or recipe.own.micro_batch_tokens is not None
+        gradients *= 2 if several else 1
         return _Held(weights, reference, gradients, state, buckets, share * FP32)
     gathered = min(weights, ZERO3_LIVE * width)
     if offload:

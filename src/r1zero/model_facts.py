@@ -104,11 +104,22 @@ class ModelFacts:
         context_length: positions the model was made for, prompt and completion together; tokens. None: it does not say.
         family: its ``model_type``; None: it does not say.
         shape: None where the family is not one of `FAMILIES`, whose weights can be counted here.
+        window: whether some of its layers look back at only so many tokens (a sliding window).
     """
 
     context_length: int | None
     family: str | None = None
     shape: ModelShape | None = None
+    window: bool = False
+
+    @property
+    def unpackable(self) -> str | None:
+        """Why sequences of this model cannot be laid end to end and keep apart; None where they can."""
+        if self.family not in FAMILIES:
+            return (
+                f"of models, {', '.join(FAMILIES)} are known to keep packed sequences apart, and this is {self.family}"
+            )
+        return "some layers of this model look back through a sliding window" if self.window else None
 
 
 class ModelNotFound(Exception):
@@ -165,7 +176,16 @@ def _facts(config: Path) -> ModelFacts:
     except ValueError as error:
         raise ModelNotFound(f"{config} is not JSON: {error}") from error
     content = {**content, **content.get("text_config", {})}
-    return ModelFacts(content.get("max_position_embeddings"), content.get("model_type"), _shape(content))
+    family = content.get("model_type")
+    return ModelFacts(content.get("max_position_embeddings"), family, _shape(content), _has_window(content))
+
+
+def _has_window(content: dict[str, Any]) -> bool:
+    """With transformers' defaults: Qwen's models have a window only on request, Mistral's unless it is null."""
+    window = content.get("sliding_window", 4096) is not None
+    if content.get("layer_types"):
+        return any(kind != "full_attention" for kind in content["layer_types"])
+    return window if content.get("model_type") == "mistral" else window and bool(content.get("use_sliding_window"))
 
 
 def _shape(content: dict[str, Any]) -> ModelShape | None:

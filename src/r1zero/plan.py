@@ -141,6 +141,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     config, why_config = accelerate_config.choose(recipe, project, hardware, placed)
     steps = batch.of(recipe, placed.processes)
     _check_lengths(recipe, model)
+    batch.check_packing(recipe, model)
     server_plan.check_model(recipe, model)
     route = budget.route(recipe, hardware, placed, steps, config, model)
     publish = route.publish

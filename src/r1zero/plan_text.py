@@ -40,6 +40,12 @@ def render(plan: "Plan") -> str:
             f"= {batch.prompts_per_step} prompts x {batch.group} generations",
             soft_wrap=True,
         )
+        if recipe.own.micro_batch_tokens is not None:
+            console.print(
+                f"Packed: those of a step in micro-batches of up to {recipe.own.micro_batch_tokens} tokens, without "
+                f"padding, equally many for each of {batch.processes} process(es)",
+                soft_wrap=True,
+            )
         console.print(
             f"Generation: {batch.completions_per_generation} completions at a time, each learned from "
             f"{batch.iterations} time(s), at most {recipe['max_completion_length']} tokens each",

@@ -49,6 +49,13 @@ REWARD_KEYS = {
     "overlong_cache_tokens": "soft_overlong",
     "repetition_ngram": "repetition",
 }
+# Keys of TRL whose loss depends on which sequences go through the model together: packing would change it.
+UNPACKABLE = {
+    "use_adaptive_entropy": "the entropy bonus is a mean over the tokens of a pass",
+    "use_liger_kernel": "its kernels were not compared with packed rows",
+    "router_aux_loss_coef": "the load of experts is balanced over the tokens of a pass",
+}
+PACKABLE_ATTENTION = (None, "sdpa", "flash_attention_2", "flash_attention_3")
 # What people type for it elsewhere, where the spelling alone would not lead there.
 ALIASES = {
     "lr": "learning_rate",
@@ -220,6 +227,12 @@ class OwnKeys:
     )
     max_requeues: int = _key(
         3, "give up after so many requeues in a row by which no optimizer step was made; the count is in requeues.json"
+    )
+    micro_batch_tokens: int | None = _key(
+        None,
+        "learn without padding, from micro-batches of whole sequences up to so many tokens (prompts and completions) "
+        "on each GPU; per_device_train_batch_size and gradient_accumulation_steps then only say how many completions a "
+        "step takes; empty: TRL's padded batches; tokens",
     )
     seed_rollouts: bool = _key(
         False,
@@ -687,6 +700,7 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
             yield Fault(
                 key, True, "quantized weights cannot be trained themselves", "add use_peft: true for an adapter"
             )
+    yield from _impossible_packing(recipe)
     if own.method == "grpo":
         yield from _impossible_grpo(recipe)
 
@@ -860,6 +874,36 @@ def _impossible_grpo(recipe: Recipe) -> Iterable[Fault]:
     ):
         why = "nothing is measured on the way, so there is none to keep"
         yield Fault("keep_best", True, why, "add eval_strategy: steps and eval_steps, or drop keep_best")
+
+
+def _impossible_packing(recipe: Recipe) -> Iterable[Fault]:
+    """What would not be the same loss, or would be learnt across sequences, where batches are packed."""
+    budget = recipe.own.micro_batch_tokens
+    if budget is None:
+        return
+    if recipe.own.method != "grpo":
+        why = "is for method grpo"
+        yield Fault("micro_batch_tokens", budget, why, "the cold start has TRL's packing: true and padding_free: true")
+        return
+    if budget < 1:
+        yield Fault("micro_batch_tokens", budget, "must be at least 1 token", "16384 is a start on a GPU of 80 GB")
+    remedy = "leave it out, or drop micro_batch_tokens"
+    if recipe["loss_type"] == "bnpo":
+        why = "is a mean over the tokens of a pass, and micro_batch_tokens divides passes anew"
+        yield Fault("loss_type", "bnpo", why, "use dapo, a mean over all tokens of a generation, or drop it")
+    if recipe["top_entropy_quantile"] < 1:
+        why = "which tokens have most entropy depends on the pass, and micro_batch_tokens divides passes anew"
+        yield Fault("top_entropy_quantile", recipe["top_entropy_quantile"], why, remedy)
+    if recipe["entropy_coef"]:
+        yield Fault("entropy_coef", recipe["entropy_coef"], UNPACKABLE["use_adaptive_entropy"], remedy)
+    legal = library_keys.load("grpo")
+    for key, why in UNPACKABLE.items():
+        if recipe.library.get(key, legal[key].default) != legal[key].default:
+            yield Fault(key, recipe[key], f"with micro_batch_tokens: {why}", remedy)
+    if recipe["attn_implementation"] not in PACKABLE_ATTENTION:
+        why = "was not shown to keep packed sequences apart"
+        known = ", ".join(name for name in PACKABLE_ATTENTION if name)
+        yield Fault("attn_implementation", recipe["attn_implementation"], why, f"leave it out, or one of: {known}")
 
 
 def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:

@@ -163,6 +163,17 @@ def test_memory_that_a_larger_batch_would_use() -> None:
     assert names(Signs({**keys, "gradient_accumulation_steps": 1}, steps_of(**memory), gpus=["H100"] * 2)) == []
     full = {**memory, "memory/peak_gib": 60.0}
     assert names(Signs(keys, steps_of(**full), gpus=["H100"] * 2)) == []
+    packed = doctor.examine(Signs({**keys, "micro_batch_tokens": 8192}, steps_of(**memory), gpus=["H100"] * 2))
+    assert [each.remedy for each in packed] == ["micro_batch_tokens: 8192 -> 16384"]
+
+
+def test_a_packed_step_has_no_passes_to_save() -> None:
+    times = {"seconds/train": 9.5, "seconds/generate": 0.3, "seconds/step": 10.0}
+    keys = {**GPU, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
+    (padded,) = doctor.examine(Signs(keys, steps_of(**times)))
+    (packed,) = doctor.examine(Signs({**keys, "micro_batch_tokens": 8192}, steps_of(**times)))
+    assert padded.remedy.startswith("per_device_train_batch_size: 2 -> ")
+    assert packed.remedy == "trainer_gpus: 1 -> 2"
 
 
 def test_publishes_that_do_not_move_the_policy() -> None:

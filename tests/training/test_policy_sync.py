@@ -4,6 +4,7 @@ The files are read with the libraries that the real server reads them with; NCCL
 """
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -306,7 +307,7 @@ def test_a_folded_adapter_is_the_policy_that_is_trained(
     settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, "lora_dropout": 0.1, **more}
     model = get_peft_model(policy(), LoraConfig(**settings))
     published, base = publisher("folded", model), policy()
-    server = served(base)
+    server, files = served(base), set()
     for version in range(3):
         with torch.no_grad():
             for name, each in model.named_parameters():
@@ -314,12 +315,14 @@ def test_a_folded_adapter_is_the_policy_that_is_trained(
                     each.normal_(std=0.3)
         done = published.publish(version)
         info = servers.bodies["/update_weights"][0]["update_info"]
-        assert info == {"file": f"adapter-{version}.safetensors", "scaling": scaling}
+        assert info == {"file": "adapter.safetensors", "scaling": scaling}
         assert servers.folders[servers.posted.index("/update_weights")] == [info["file"]]
         server.fold(servers.weights, info["scaling"])
         torch.testing.assert_close(logprobs(base), logprobs(model), atol=1e-5, rtol=1e-5)
         assert done.bytes == sum(each.nbytes for each in servers.weights.values()) and done.route == "folded"
-        assert list(folder.iterdir()) == [] and published.adapter_name is None
+        files.add((folder / "adapter.safetensors").stat().st_ino)
+        assert len(files) == len(list(folder.iterdir())) == 1, "overwritten where it lies"
+        assert published.adapter_name is None
         starts = ["/init_weight_transfer_engine"] if version == 0 else []
         ends = ["/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
         assert servers.posted == [*starts, "/start_weight_update", *ends]
@@ -327,6 +330,8 @@ def test_a_folded_adapter_is_the_policy_that_is_trained(
         servers.calls.clear()
         servers.folders.clear()
         assert published.publish(version).bytes == 0 and servers.calls == [], "it is served already"
+    published.close()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_folded_adapter_has_the_servers_dtype(publisher: Any, servers: Servers) -> None:
@@ -351,14 +356,24 @@ def test_an_adapter_that_cannot_be_folded_is_named(publisher: Any, more: dict[st
     assert said in str(stopped.value)
 
 
-def test_a_server_that_does_not_fold_is_named_and_the_file_deleted(
-    publisher: Any, servers: Servers, folder: Path
+def test_a_disk_too_full_for_the_folded_adapter_is_said_before_the_server_is_told(
+    publisher: Any, servers: Servers, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def full(*unused: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(PublishError, match=r"adapter\.safetensors cannot be written: .*No space left"):
+        publisher("folded", with_adapter()).publish(3)
+    assert list(folder.iterdir()) == [] and "/update_weights" not in servers.posted
+
+
+def test_a_server_that_does_not_fold_is_named(publisher: Any, servers: Servers) -> None:
     published = publisher("folded", with_adapter())
     servers.fail["/update_weights"] = PolicyServerError(URLS[0], "POST /update_weights", "500")
     with pytest.raises(PolicyServerError, match="update_weights: 500"):
         published.publish(0)
-    assert list(folder.iterdir()) == [] and "/finish_weight_update" not in servers.posted
+    assert "/finish_weight_update" not in servers.posted
     servers.fail.clear()
     servers.reset = {"success": False}
     with pytest.raises(PublishError, match="the prefix cache could not be reset"):

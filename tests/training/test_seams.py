@@ -6,6 +6,10 @@ from transformers import Trainer
 from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import add_fused_lm_head
+
+from r1zero.training.packing import PackedPasses
+from r1zero.training.trainer import PolicyTrainer
 
 
 def parameters(method: object) -> list[str]:
@@ -19,6 +23,26 @@ def test_the_methods_of_the_trainer_that_are_wrapped_or_called() -> None:
     rewards = ["self", "inputs", "prompts", "completions", "completion_ids_list"]
     assert parameters(GRPOTrainer._calculate_rewards) == rewards
     assert parameters(GRPOTrainer._tokenize_prompts) == ["self", "prompts"]
+
+
+def test_what_packing_takes_from_the_trainers() -> None:
+    asked = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+    assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[: len(asked)] == asked
+    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
+    assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
+    step = ["self", "model", "inputs", "num_items_in_batch"]
+    assert parameters(GRPOTrainer.training_step) == parameters(Trainer.training_step) == step
+    # It lies between TRL's, which counts and measures, and transformers', which goes through the model.
+    order = PolicyTrainer.__mro__
+    assert order.index(GRPOTrainer) < order.index(PackedPasses) == order.index(Trainer) - 1
+    assert "output = super().training_step(model, inputs, num_items_in_batch)" in inspect.getsource(
+        GRPOTrainer.training_step
+    )
+    loss = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "batch_size" not in loss  # how the loss is told from scoring
+    scoring = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert scoring.count("self._get_per_token_logps_and_entropies(") == scoring.count("batch_size=batch_size,")
+    assert {"shift_labels", "fused_lm_head"} <= set(inspect.getsource(add_fused_lm_head).replace("=", " ").split())
 
 
 def test_what_resuming_takes_from_the_trainers() -> None:

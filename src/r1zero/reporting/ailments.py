@@ -515,7 +515,7 @@ def _trainer_bound(signs: Signs) -> Sign | None:
     train = share * step
     evidence = f"{train:.1f} s of the {step:.1f} s of a step, {_percent(share)}"
     batch, passes = signs.key("per_device_train_batch_size"), int(signs.key("gradient_accumulation_steps") or 1)
-    if passes > 1:
+    if passes > 1 and not signs.key("micro_batch_tokens"):  # packed, a step takes as few passes as it can
         fewer = max(1, passes // 4)
         factor = passes // fewer
         return Sign(
@@ -541,7 +541,9 @@ def _memory_unused(signs: Signs) -> Sign | None:
     if share >= MEMORY_SHARE:
         return None
     evidence = f"{max(peak):.0f} of {total:.0f} GiB at the peak, {_percent(share)}"
-    batch = signs.key("per_device_train_batch_size")
+    batch, packed = signs.key("per_device_train_batch_size"), signs.key("micro_batch_tokens")
+    if packed:
+        return Sign(evidence, f"micro_batch_tokens: {packed} -> {2 ** int(math.log2(0.8 / share)) * packed}")
     factor = min(passes, 2 ** int(math.log2(0.8 / share)))
     if factor > 1:
         remedy = f"per_device_train_batch_size: {batch} -> {factor * batch}, with gradient_accumulation_steps: {passes}"

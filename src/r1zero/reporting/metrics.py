@@ -12,7 +12,7 @@ STEP, EVALUATION = "step", "evaluation"
 TRL, TRANSFORMERS = "TRL", "transformers"
 CLOCK, PROBE, TRAINER = "training/clock.py", "training/probe.py", "training/trainer.py"
 HELD_OUT, SCORES = "training/held_out.py", "evaluation/scores.py"
-RECORDER, PUBLISH = "training/recorder.py", "training/generation.py"
+RECORDER, PUBLISH, PACKING = "training/recorder.py", "training/generation.py", "training/packing.py"
 
 INTRODUCTION = """\
 # Metrics
@@ -73,6 +73,12 @@ METRICS = (
     Metric("completions/max_length", "tokens", "the longest", TRL),
     Metric("completions/p*_length", "tokens", "<10, 50 or 90> % are no longer", TRAINER),
     Metric("completions/clipped_ratio", "share", "without an end: cut off at max_completion_length", TRL),
+    Metric(
+        "completions/left_out_ratio",
+        "share",
+        "left out of forward and backward pass: no advantage and no KL, or nothing to learn from; with packing",
+        PACKING,
+    ),
     Metric("completions/*_terminated_length", "tokens", "<mean, min or max> of those that ended by themselves", TRL),
     Metric("num_tokens", "tokens", "of prompts and completions so far; in a cold start, of its texts", TRL),
     Metric("tokens_per_second", "tokens/s", "growth of num_tokens since the line before, by time", CLOCK),

@@ -248,7 +248,8 @@ def _shards(a: torch.Tensor, b: torch.Tensor, part: Part) -> tuple[torch.Tensor,
 def _add(weight: torch.Tensor, clean: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
     """weight = clean + scaling * b a, some rows at a time: the same ones each time, so to the same bits."""
     device, width = weight.device, weight.shape[1]
-    a, b = a.to(device, torch.float32), b.to(device, torch.float32)
+    # Converted there, not here: else one thread of the CPU does it, and twice as many bytes travel.
+    a, b = a.to(device).float(), b.to(device).float()
     rows = max(1, CHUNK_ELEMENTS // width)
     for first in range(0, weight.shape[0], rows):
         chunk = slice(first, first + rows)

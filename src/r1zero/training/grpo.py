@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
-from r1zero import model_facts
+from r1zero import batch, model_facts
 from r1zero.evaluation.scores import Score
 from r1zero.plan import TRAINER_MEMORY
 from r1zero.recipe import Recipe
@@ -36,6 +36,8 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
     reward_functions = recipe.reward_functions()
     with session(recipe, folder, project) as recorder, recipe.verifier() as verifier:
         model = model_facts.path_of(recipe.model)
+        if recipe.own.micro_batch_tokens is not None:
+            batch.check_packing(recipe, model_facts.read(model, recipe["model_revision"], download=True))
         config = arguments.config_for(recipe, recorder.folder)
         model_config = arguments.model_config(recipe)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -61,6 +63,7 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
             server=_server(recipe, recorder.folder, problems, tokenizer),
             seed_rollouts=recipe.own.seed_rollouts,
             max_staleness=recipe.own.max_staleness,
+            micro_batch_tokens=recipe.own.micro_batch_tokens,
         )
         with contextlib.closing(trainer):
             without_printer(trainer)

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from r1zero.plan import GROUP_ADDRESS
 from r1zero.policy_client import PolicyClient
 from r1zero.serving import VERSION_HEADER
+from r1zero.training.mapped_file import HostCopy, MappedFile
 
 ADAPTER = "default"  # PEFT's name for the adapter that is trained
 BUCKET_BYTES = 2**30
@@ -134,11 +135,11 @@ class TrainedAdapter:
         model: the policy, possibly wrapped.
         accelerator: of the trainer.
         dtype: the servers'.
+        copied: makes the copies that are handed over.
     """
 
-    def __init__(self, model: torch.nn.Module, accelerator: Any, dtype: torch.dtype) -> None:
-        self._model, self._accelerator, self._dtype = model, accelerator, dtype
-        self._copied = HostCopy(dtype)
+    def __init__(self, model: torch.nn.Module, accelerator: Any, dtype: torch.dtype, copied: HostCopy) -> None:
+        self._model, self._accelerator, self._dtype, self._copied = model, accelerator, dtype, copied
 
     @property
     def policy(self) -> Any:
@@ -186,7 +187,7 @@ class AdapterPublisher:
     ) -> None:
         self._accelerator, self._client, self._timeout_s = accelerator, client, timeout_s
         self._folder = publish_folder.absolute()  # the server has a working folder of its own
-        self._adapter = TrainedAdapter(model, accelerator, dtype)
+        self._adapter = TrainedAdapter(model, accelerator, dtype, HostCopy(dtype))
         self._version: int | None = None
 
     @property
@@ -260,8 +261,8 @@ class FoldedPublisher:
         dtype: torch.dtype,
     ) -> None:
         self._accelerator, self._client, self._timeout_s = accelerator, client, timeout_s
-        self._folder = publish_folder
-        self._adapter = TrainedAdapter(model, accelerator, dtype)
+        self._file = MappedFile(publish_folder / "adapter.safetensors", dtype)
+        self._adapter = TrainedAdapter(model, accelerator, dtype, self._file)
         self._scaling = _scaling(self._adapter.policy)
         self._version: int | None = None
         self._met = False
@@ -277,22 +278,20 @@ class FoldedPublisher:
         return Published(version, time.monotonic() - began, self._adapter.bytes(parameters), "folded")
 
     def close(self) -> None:
-        pass
+        self._file.close()
 
     def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
         if not self._met:
             _post(self._client, "/init_weight_transfer_engine", {"init_info": {}}, deadline)
             self._met = True
         _post(self._client, "/start_weight_update", {}, deadline)
-        file = self._folder / f"adapter-{version}.safetensors"
-        try:
-            with _writing(file, self._adapter.bytes(parameters)):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                save_file(self._adapter.weights(parameters), file)
-            info = {"file": file.name, "scaling": self._scaling}
-            _post(self._client, "/update_weights", {"update_info": info}, deadline)
-        finally:
-            file.unlink(missing_ok=True)
+        path = self._file.path
+        # It is made once, and has all its space from then on.
+        with nullcontext() if path.exists() else _writing(path, self._adapter.bytes(parameters)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file.name(self._adapter.weights(parameters))
+        info = {"file": path.name, "scaling": self._scaling}
+        _post(self._client, "/update_weights", {"update_info": info}, deadline)
         _finish(self._client, version, deadline)
 
 
@@ -378,33 +377,6 @@ class SharedMemoryPublisher(WeightsPublisher):
             _post(self._client, "/update_weights", {"update_info": {"files": [name]}}, deadline)
         finally:
             file.unlink(missing_ok=True)
-
-
-class HostCopy:
-    """Copies tensors into CPU memory that is kept from one publish to the next, so each call overwrites the last one's.
-
-    Memory that is taken anew comes page by page as it is first written, and pinning it for the copy from a GPU costs
-    again; kept, both are paid once.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._memory = torch.empty(0, dtype=dtype)
-
-    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Contiguous copies under the same names, valid until the next call."""
-        size = sum(each.numel() for each in tensors.values())
-        on_gpu = any(each.is_cuda for each in tensors.values())
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=self._dtype, pin_memory=on_gpu)
-        copies, at = {}, 0
-        for name, each in tensors.items():
-            copies[name] = self._memory[at : at + each.numel()].view(each.shape)
-            copies[name].copy_(each.detach(), non_blocking=True)
-            at += each.numel()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return copies
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def trainer_logprobs(model: torch.nn.Module, accelerator: Any, sequences: Sequen
     as it was. One sequence at a time: the logits of 512 tokens and a vocabulary of 150,000 are 300 MB in float32.
     """
     answers: Logprobs = []
-    with _evaluating(model), torch.no_grad(), accelerator.autocast():
+    with evaluating(model), torch.no_grad(), accelerator.autocast():
         for sequence in sequences:
             ids = torch.tensor([list(sequence)], device=accelerator.device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
@@ -258,7 +258,7 @@ def trainer_logprobs(model: torch.nn.Module, accelerator: Any, sequences: Sequen
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Each module is in evaluation inside, and afterwards in the mode that it was in itself.
 
     All but 4-bit layers: on a CPU, bitsandbytes packs their weights anew for evaluation, and they have no dropout.

@@ -1,8 +1,9 @@
 """GRPOTrainer with a clock, a notebook, a verifier and our own policy server: the algorithm is TRL's, untouched.
 
 Written against TRL 1.16.0. Three of its methods are wrapped, `_tokenize_prompts`, `_generate_single_turn` and
-`_calculate_rewards`; the sampler of the prompts is ours; `VLLMGeneration` is replaced where a policy server is in use.
-A test fails when they move.
+`_calculate_rewards`; the sampler of the prompts is ours; `VLLMGeneration` is replaced where a policy server is in use;
+with packing, `_get_per_token_logps_and_entropies` is, and what rounding makes of no spread is no advantage. A test
+fails when they move.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from r1zero.training.alarm import Alarm
 from r1zero.training.checkpoints import ResumableTrainer
 from r1zero.training.generation import PolicyServer, in_place_of_vllm
 from r1zero.training.next_window import NextWindow
+from r1zero.training.packing import MicroBatch, PackedPasses
 from r1zero.training.recorder import Recorder, clipped, prompt_text
 from r1zero.training.rollouts import InProcessRollouts, Rollouts
 from r1zero.training.sampler import WindowSampler
@@ -36,7 +38,7 @@ GIVEN_UP = (
 )
 
 
-class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
+class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignore[misc]
     """TRL's trainer, which also grades each batch once and writes down every rollout and where a step's time went.
 
     Args:
@@ -48,6 +50,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
             completions are generated in this process.
         seed_rollouts: whether each completion that a policy server is asked for has a seed of its own.
         max_staleness: with 1 the policy server makes the next window while the trainer learns from this one.
+        micro_batch_tokens: learn from packed micro-batches of so many tokens; None: as TRL does, padded.
     """
 
     def __init__(
@@ -60,10 +63,12 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
         server: Callable[..., PolicyServer] | None = None,
         seed_rollouts: bool = False,
         max_staleness: int = 0,
+        micro_batch_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         with in_place_of_vllm(server):
             super().__init__(*args, **kwargs)
+        self.begin_packing(micro_batch_tokens, [] if self.ref_model is None else [self.ref_model])
         self.begin_recording(recorder)
         self.verifier = verifier
         self.seed_rollouts, self.max_staleness = seed_rollouts, max_staleness
@@ -303,6 +308,42 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
         """By TRL, with transformers or a vLLM engine inside of this process."""
         return super()._generate_single_turn(prompt_ids, None, {}, group)  # type: ignore[no-any-return]
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """A micro-batch is prepared; all else is TRL's to generate or to look up."""
+        return (
+            generation_batch if isinstance(generation_batch, MicroBatch) else super()._prepare_inputs(generation_batch)
+        )
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.micro_batch_tokens is not None:
+            # The mean of eight rewards of 0.2 is not 0.2 in float32, and TRL divides the rest by 1e-4.
+            scored["advantages"] = scored["advantages"].masked_fill(self._without_spread, 0.0)
+        return scored
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **more: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if self.micro_batch_tokens is None:
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[no-any-return]
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **more
+            )
+        at_once = batch_size is None  # by TRL's loss, of a micro-batch
+        with self.accelerator.autocast():
+            logps, entropies = self.packed_log_probabilities(model, input_ids, attention_mask, logits_to_keep, at_once)
+        return logps, entropies if compute_entropy else None, None
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        return loss * inputs.weight if isinstance(inputs, MicroBatch) else loss
+
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
@@ -318,6 +359,9 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
                 for example, each in zip(inputs, graded, strict=True)
             ]
             rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        first = self.accelerator.process_index * len(prompts)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        self._without_spread = without_spread(rewards, group)[first : first + len(prompts)]
         with self.clock.phase("record"):
             self._record(inputs, prompts, completions, completion_ids_list, rewards)
         return rewards
@@ -386,6 +430,22 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer):  # type: ignore[misc]
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def without_spread(rewards: torch.Tensor, group: int) -> torch.Tensor:
+    """Which completions are of a group that every reward function gives one reward; (completions,).
+
+    >>> without_spread(torch.tensor([[1.0, 0.2], [1.0, 0.2], [1.0, 0.2], [0.0, 0.2]]), group=2).tolist()
+    [True, True, False, False]
+
+    Args:
+        rewards: (completions, functions), NaN where a function gave none.
+        group: completions of one prompt.
+    """
+    grouped = rewards.view(-1, group, rewards.shape[1])
+    first = grouped[:, :1]
+    same = (grouped == first) | (grouped.isnan() & first.isnan())
+    return same.all(dim=2).all(dim=1).repeat_interleave(group)
 
 
 def seed_of(*what: int) -> int:

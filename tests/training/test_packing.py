@@ -1,0 +1,548 @@
+"""Packed and padded learning are the same learning: losses, gradients, log-probabilities, metrics, whole runs."""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from r1zero import model_facts
+from r1zero import recipe as recipes
+from r1zero.restarts import Refusal
+from r1zero.run_folder import RunFolder
+from r1zero.tasks.verifier import Verifier
+from r1zero.training import arguments, packing
+from r1zero.training.packing import PackedPasses, fill
+from r1zero.training.recorder import Recorder
+from r1zero.training.trainer import PolicyTrainer, without_spread
+from tests.training import fixed_completions
+from tests.training.conftest import one_process, write_recipe
+from tests.training.resuming import as_killed_after, assert_same_run, run, steps, weights
+
+TOLERANCE = 1e-5  # fp32; the bar's
+PACKABLE = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+FIXED = Path(fixed_completions.__file__)
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+# --- who gets what
+
+
+@given(data=st.data(), shares=st.integers(1, 4), budget=st.integers(1, 60))
+@settings(deadline=None)
+def test_every_sequence_comes_once_and_all_have_equally_many_passes(data: Any, shares: int, budget: int) -> None:
+    count = shares * data.draw(st.integers(1, 8))
+    lengths = st.lists(st.integers(1, 40), min_size=count, max_size=count)
+    pools = data.draw(st.lists(lengths, min_size=1, max_size=3))
+    filled = fill(pools, shares, budget)
+    assert len({len(passes) for passes in filled}) == 1  # in every pool
+    for pool, passes in zip(pools, filled, strict=True):
+        assert all(len(each) == shares for each in passes)
+        micro_batches = [places for each in passes for places in each]
+        assert all(micro_batches)
+        assert sorted(place for places in micro_batches for place in places) == list(range(count))
+        for places in micro_batches:
+            assert len(places) == 1 or sum(pool[place] for place in places) <= budget
+
+
+@pytest.mark.parametrize(
+    ("count", "budget", "waiting", "uneven"), [(512, 16384, 1.002, 1.0002), (96, 2048, 1.03, 1.002)]
+)
+def test_work_is_balanced_in_every_pass_and_over_all(count: int, budget: int, waiting: float, uneven: float) -> None:
+    """Lengths as in the benchmarks, log-normal with mean 400 and cut at 1024, with a prompt of 120; four processes."""
+    torch.manual_seed(1)
+    spread = torch.randn(count).mul(0.6).exp().mul(400 / math.exp(0.18)).clamp(1, 1024)
+    lengths = [int(each) + 120 for each in spread]
+    ((*passes,),) = fill([lengths], 4, budget)
+    loads = torch.tensor([[sum(lengths[place] for place in places) for places in each] for each in passes])
+    assert len(passes) <= math.ceil(1.2 * sum(lengths) / (4 * budget))
+    assert (loads.max(1).values / loads.float().mean(1)).max() < waiting
+    assert loads.sum(0).max() / loads.sum(0).float().mean() < uneven
+
+
+# --- the same numbers
+
+
+def tiny(family: str, vocabulary: int) -> Any:
+    """Two layers whose weights are large enough that every token matters to every later one."""
+    torch.manual_seed(4)
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.25,
+        "sliding_window": None,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def trainer(request: Any, model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    place = tmp_path_factory.mktemp("trainer")
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tiny(request.param, len(tokenizer)).save_pretrained(place / "model")
+    keys = {"per_device_train_batch_size": 4, "num_generations": 2}
+    recipe = recipes.load(write_recipe(place / "r.yaml", place / "model", data, **keys, temperature=0.9))
+    folder = RunFolder(place / "run").create()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for matrices as small as these
+    with one_process(), Verifier(answer_format="tagged", numbers=True) as verifier:
+        yield PolicyTrainer(
+            model=str(place / "model"),
+            reward_funcs=recipe.reward_functions(),
+            args=arguments.config_for(recipe, folder),
+            train_dataset=Dataset.from_list([{"prompt": "?", "gold": "7", "source": "s"}] * 16),
+            processing_class=tokenizer,
+            recorder=Recorder(folder, active=False),
+            verifier=verifier,
+            micro_batch_tokens=64,
+        )
+    torch.set_num_threads(threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a step learns from.
+
+    Attributes:
+        lengths: of prompt and completion, by process, in the order of its window.
+        batch: sequences of a pass of TRL's.
+        slices: passes of TRL's that one generation feeds, of which an optimizer step takes `accumulation`.
+        accumulation: at most `slices`.
+        budget: tokens of a micro-batch.
+        loss_type: TRL's.
+        level: of the importance sampling.
+        extras: whether there are a reference, old log-probabilities and a server's.
+        pads: columns of padding beyond what is needed.
+        seed: of tokens, advantages and log-probabilities.
+    """
+
+    lengths: tuple[tuple[tuple[int, int], ...], ...]
+    batch: int
+    slices: int
+    accumulation: int
+    budget: int
+    loss_type: str
+    level: str
+    extras: bool
+    pads: int
+    seed: int
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    world, batch, slices, group = draw(st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 4)))
+    prompts: dict[int, int] = {}
+    lengths = []
+    for number in range(world * batch * slices):
+        prompt = prompts.setdefault(number // group, draw(st.integers(1, 9)))
+        lengths.append((prompt, draw(st.integers(1, 12))))
+    per = batch * slices
+    return Case(
+        lengths=tuple(tuple(lengths[rank * per : (rank + 1) * per]) for rank in range(world)),
+        batch=batch,
+        slices=slices,
+        accumulation=draw(st.integers(1, slices)),
+        budget=draw(st.integers(1, 90)),
+        loss_type=draw(st.sampled_from(PACKABLE)),
+        level=draw(st.sampled_from(["token", "sequence"])),
+        extras=draw(st.booleans()),
+        pads=draw(st.integers(0, 3)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def windows(case: Case, vocabulary: int) -> list[dict[str, torch.Tensor]]:
+    """By process, what TRL's `_generate_and_score_completions` returns."""
+    generator = torch.Generator().manual_seed(case.seed)
+    tokens = sum(completion for own in case.lengths for _, completion in own)
+    made = []
+    for own in case.lengths:
+        left = case.pads + max(prompt for prompt, _ in own)
+        right = case.pads + max(completion for _, completion in own)
+        prompt_mask, completion_mask = (torch.zeros(len(own), width, dtype=torch.long) for width in (left, right))
+        for place, (prompt, completion) in enumerate(own):
+            prompt_mask[place, left - prompt :] = 1
+            completion_mask[place, :completion] = 1
+        window = {
+            "prompt_ids": torch.randint(vocabulary, prompt_mask.shape, generator=generator),
+            "prompt_mask": prompt_mask,
+            "completion_ids": torch.randint(vocabulary, completion_mask.shape, generator=generator),
+            "completion_mask": completion_mask,
+            "advantages": torch.randn(len(own), generator=generator),
+            "num_items_in_batch": torch.tensor(tokens),
+        }
+        if case.extras:
+            for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"):
+                near = -3 + 0.1 * torch.randn(completion_mask.shape, generator=generator)
+                window[name] = near * completion_mask
+            ratio = torch.rand(completion_mask.shape, generator=generator) + 0.5
+            window["importance_sampling_ratio"] = ratio.where(completion_mask > 0, 1.0)  # as TRL's is
+        made.append(window)
+    return made
+
+
+class World:
+    """A trainer that is each process of several in turn; what they would gather, it has at hand."""
+
+    def __init__(self, trainer: Any, case: Case, patch: pytest.MonkeyPatch) -> None:
+        self.trainer, self.case = trainer, case
+        self.windows = windows(case, trainer.model.config.vocab_size)
+        self.count = len(self.windows)
+        self.rank = 0
+        patch.setattr(Accelerator, "num_processes", property(lambda _: self.count))
+        patch.setattr(Accelerator, "process_index", property(lambda _: self.rank))
+        patch.setattr(GRPOTrainer, "_prepare_inputs", lambda _, inputs: inputs)
+        patch.setattr(trainer, "_gathered", self._gathered)
+        for name in ("steps_per_generation", "per_device_train_batch_size"):
+            patch.setattr(trainer.args, name, {"s": case.slices, "p": case.batch}[name[0]])
+        patch.setattr(trainer, "loss_type", case.loss_type)
+        patch.setattr(trainer, "importance_sampling_level", case.level)
+        patch.setattr(trainer, "beta", 0.1 if case.extras else 0.0)
+        patch.setattr(trainer, "use_vllm", case.extras)
+        self.patch = patch
+
+    def _gathered(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.ndim == 0:
+            return value
+        values = [window[name][self.now] for window in self.windows]
+        width = max(each.shape[-1] for each in values)
+
+        def padded(tensor: torch.Tensor, dim: int, pad_index: int = 0, pad_first: bool = False) -> torch.Tensor:
+            missing = width - tensor.shape[dim]
+            return torch.nn.functional.pad(tensor, (missing, 0) if pad_first else (0, missing), value=pad_index)
+
+        self.patch.setattr(self.trainer.accelerator, "pad_across_processes", padded)
+        return torch.cat([PackedPasses._gathered(self.trainer, name, each) for each in values])
+
+    def learn(self, budget: int | None) -> tuple[float, dict[str, torch.Tensor], dict[str, list[float]]]:
+        """One optimizer step's loss and gradients, as DDP has them: means over processes; and its metrics."""
+        trainer, case, batch = self.trainer, self.case, self.case.batch
+        self.patch.setattr(trainer, "micro_batch_tokens", budget)
+        self.now = slice(0, batch * case.accumulation)
+        trainer.current_gradient_accumulation_steps = case.accumulation
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+        loss = 0.0
+        for rank in range(self.count):
+            self.rank = rank
+            trainer._step = 0
+            for number in range(case.accumulation):
+                places = slice(number * batch, (number + 1) * batch)
+                inputs = {k: v[places] if v.ndim else v for k, v in self.windows[self.rank].items()}
+                GradientState()._set_sync_gradients(number == case.accumulation - 1)
+                loss += float(trainer.training_step(trainer.model, inputs, None)) / self.count
+            GradientState()._set_sync_gradients(True)
+            assert trainer._step == case.accumulation and trainer._gathering == []
+        gradients = {name: each.grad / self.count for name, each in trainer.model.named_parameters()}
+        metrics = {name: values for name, values in trainer._metrics["train"].items() if name != "step_time"}
+        return loss, copy.deepcopy(gradients), metrics
+
+
+UNEVEN = Case((((1, 12), (1, 1)), ((9, 12), (9, 2))), 2, 1, 1, 23, "grpo", "token", True, 2, 0)  # rows of 2 and 1
+
+
+@given(case=cases())
+@QUICK
+def test_loss_and_gradients_are_those_of_padded_passes(trainer: Any, case: Case) -> None:
+    assert_same_learning(trainer, case)
+
+
+@pytest.mark.parametrize("loss_type", PACKABLE)
+def test_each_type_of_loss(trainer: Any, loss_type: str) -> None:
+    assert_same_learning(trainer, dataclasses.replace(UNEVEN, loss_type=loss_type))
+
+
+def assert_same_learning(trainer: Any, case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(trainer, case, patch)
+        loss, expected, _ = world.learn(None)
+        packed, found, metrics = world.learn(case.budget)
+    assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+    assert max(float(each.abs().max()) for each in expected.values()) > 0
+    assert all(len(values) == len(case.lengths) for values in metrics.values())  # one of each process's step
+
+
+@given(case=cases())
+@QUICK
+def test_log_probabilities_and_entropies_are_those_of_padded_sequences(trainer: Any, case: Case) -> None:
+    """Of the old policy and the reference too: they are asked for by the same door, in passes of their own."""
+    window = windows(case, trainer.model.config.vocab_size)[0]
+    ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+    keep = window["completion_ids"].shape[1]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for batch_size in (None, case.batch):  # of a loss, of scoring
+            patch.setattr(trainer, "micro_batch_tokens", case.budget)
+            ask = trainer._get_per_token_logps_and_entropies
+            found = ask(trainer.model, ids, mask, keep, batch_size=batch_size, compute_entropy=True)
+            patch.setattr(trainer, "micro_batch_tokens", None)
+            expected = ask(trainer.model, ids, mask, keep, batch_size=batch_size, compute_entropy=True)
+            for here, there in zip(found[:2], expected[:2], strict=True):
+                torch.testing.assert_close(here, there, rtol=TOLERANCE, atol=TOLERANCE)
+        assert float(expected[0][:, 0].max()) < -0.01
+
+
+def test_nothing_that_is_padded_or_another_sequences_goes_through_the_model(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(trainer, "_known_apart", True)
+    hook = trainer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    case = Case((((3, 4), (3, 9), (5, 2), (5, 6)),), 2, 2, 2, 15, "dapo", "token", False, 3, 1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            world = World(trainer, case, patch)
+            world.learn(case.budget)
+            packed, rows[:] = list(rows), []
+            world.learn(None)
+    finally:
+        hook.remove()
+    assert sum(packed) == 37 and max(packed) <= 15
+    assert sum(rows) == 4 * (5 + 9 + 6)
+
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+
+
+def scores(model: Any, lengths: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, Any]]:
+    """Log-probabilities and entropies, packed and padded."""
+    case = Case((tuple(lengths),), len(lengths), 1, 1, 1, "grpo", "token", False, 2, 5)
+    window = {name: value.to(model.device) for name, value in windows(case, model.config.vocab_size)[0].items()}
+    ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+    keep = window["completion_ids"].shape[1]
+    packed = packing.log_probabilities(model, ids, mask, keep)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :-keep] = -100
+    outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    return [packed, (outputs.log_probs[:, -keep:], outputs.entropy[:, -keep:])]
+
+
+def prepared(family: str) -> Any:
+    model = tiny(family, 64)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    packing.prepare(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_and_adapters_on_it_keep_sequences_apart(family: str) -> None:
+    """With dropout off, and activations that are computed again in the backward pass."""
+    assert set(FAMILIES) == set(model_facts.FAMILIES)
+    model = get_peft_model(prepared(family), LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    gradients = []
+    for logps, _ in scores(model.train(), [(3, 4), (1, 9), (5, 1), (2, 6)]):
+        model.zero_grad()
+        logps.square().sum().backward()
+        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.requires_grad})
+    packed, padded = scores(model, [(3, 4), (1, 9), (5, 1), (2, 6)])
+    for here, there in zip(packed, padded, strict=True):
+        torch.testing.assert_close(here, there, rtol=TOLERANCE, atol=TOLERANCE)
+    largest = max(float(each.abs().max()) for each in gradients[1].values())
+    for name, each in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], each, rtol=TOLERANCE, atol=TOLERANCE * largest)
+    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    assert "packed" not in str(model.get_base_model().config.to_dict())  # a checkpoint loads anywhere
+
+
+def test_a_model_that_looks_at_other_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared("qwen2")
+    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    attend = packing.attend
+    AttentionInterface.register(
+        packing.OURS, lambda *args, packed_lengths=None, **more: attend(*args, packed_lengths=(16,), **more)
+    )
+    try:
+        with pytest.raises(Refusal, match="does not keep packed sequences apart"):
+            packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    finally:
+        AttentionInterface.register(packing.OURS, attend)
+    with pytest.raises(Refusal, match="attention is eager"):
+        other = tiny("qwen2", 64)
+        other.set_attn_implementation("eager")
+        packing.prepare(other)
+
+
+@given(case=cases(), chosen=st.integers(0, 2**16))
+@QUICK
+def test_what_teaches_nothing_stays_out_and_the_loss_is_the_same(trainer: Any, case: Case, chosen: int) -> None:
+    rows: list[int] = []
+    hook = trainer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    case = dataclasses.replace(case, extras=False)  # without a reference
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "_known_apart", True)
+            world = World(trainer, case, patch)
+            left = 0
+            for window in world.windows:
+                for place in range(len(window["advantages"])):
+                    chosen, silent = divmod(chosen, 2)
+                    window["advantages"][place] *= 1 - silent
+                    left += silent and place < case.batch * case.accumulation
+            loss, expected, _ = world.learn(None)
+            rows.clear()
+            packed, found, metrics = world.learn(case.budget)
+            each = [
+                (float(window["advantages"][place]) != 0, sum(lengths[place]))
+                for window, lengths in zip(world.windows, case.lengths, strict=True)
+                for place in range(case.batch * case.accumulation)
+            ]
+    finally:
+        hook.remove()
+    assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
+    teaching = [tokens for moves, tokens in each if moves]
+    silent = sorted(tokens for moves, tokens in each if not moves)
+    least = silent[: max(0, world.count - len(teaching))]  # each process has a pass
+    assert sum(rows) == sum(teaching) + sum(least)
+    share = 1 - (len(teaching) + len(least)) / len(each)
+    assert metrics["completions/left_out_ratio"] == pytest.approx([share] * world.count)
+
+
+def test_a_reference_teaches_groups_without_spread_too(trainer: Any) -> None:
+    case = dataclasses.replace(UNEVEN, extras=True)
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(trainer, case, patch)
+        for window in world.windows:
+            window["advantages"].zero_()
+        loss, expected, _ = world.learn(None)
+        packed, found, metrics = world.learn(case.budget)
+    assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE) and loss != 0
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+    assert set(metrics["completions/left_out_ratio"]) == {0.0}
+
+
+def test_no_spread_is_no_advantage(trainer: Any) -> None:
+    """Of eight rewards of 0.2 the mean is another number in float32."""
+    rewards = torch.full((16, 1), 0.2)
+    assert float((rewards[:8].mean() - rewards[0]).abs()) > 0
+    rewards[8] = 0.3
+    assert without_spread(rewards, 8).tolist() == [True] * 8 + [False] * 8
+    nothing = torch.full((4, 2), math.nan)
+    nothing[3, 1] = 1.0
+    assert without_spread(nothing, 2).tolist() == [True, True, False, False]
+
+
+def test_what_a_truncated_completion_was_is_not_learnt_from(trainer: Any) -> None:
+    """mask_truncated_completions leaves its prompt, and a mask of zeros."""
+    case = Case((((3, 4), (3, 9), (5, 2), (5, 6)),), 4, 1, 1, 20, "grpo", "token", False, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(trainer, case, patch)
+        world.windows[0]["completion_mask"][1] = 0
+        world.windows[0]["num_items_in_batch"] -= 9
+        loss, expected, _ = world.learn(None)
+        packed, found, _ = world.learn(case.budget)
+    assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module")
+def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten problems."""
+    folder = tmp_path_factory.mktemp("few")
+    for split in ("train", "test"):
+        lines = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:10]))
+    return folder
+
+
+# Generations of three passes and steps of two: they end in the middle of each other.
+RUN = {
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 3,
+    "gradient_accumulation_steps": 2,
+    "num_iterations": 2,
+    "beta": 0.02,
+    "eval_count": 0,
+    "max_steps": 4,
+    "max_completion_length": 24,
+}
+
+
+def test_a_run_has_one_trajectory_packed_and_padded(
+    in_process: Callable[..., Any], model: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicyTrainer, "_generate_here", fixed_completions.completions)
+    recipe = write_recipe(tmp_path / "r.yaml", model, few, **RUN | {"learning_rate": 1e-4})
+    made = []
+    for name, words in (("padded", ()), ("packed", ("--micro_batch_tokens", 400))):
+        code, folder, err = in_process(recipe, tmp_path / name, *words)
+        assert code == 0, err
+        made.append(folder)
+    padded, packed = (steps(folder) for folder in made)
+    for line, other in zip(packed, padded, strict=True):
+        assert line.keys() ^ other.keys() == {"completions/left_out_ratio"}
+    for name in ("loss", "grad_norm", "reward", "completions/mean_length", "num_tokens"):
+        expected, found = ([line[name] for line in each if name in line] for each in (padded, packed))
+        assert len(expected) > 1 and found == pytest.approx(expected, rel=1e-4, abs=1e-4), name
+    for name in ("kl", "entropy"):  # means of tokens here, means of passes' means there
+        expected, found = ([line[name] for line in each] for each in (padded, packed))
+        assert found == pytest.approx(expected, rel=0.2, abs=1e-3), name
+    assert max(abs(line["loss"]) for line in padded) > 0.001
+    one, other = (weights(folder.model) for folder in made)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
+
+
+def test_a_packed_run_that_was_killed_goes_on_exactly(
+    in_process: Callable[..., Any], model: Path, few: Path, tmp_path: Path
+) -> None:
+    """In the middle of a generation, with completions that are drawn."""
+    keys = RUN | {"save_strategy": "steps", "save_steps": 1, "micro_batch_tokens": 300}
+    recipe = write_recipe(tmp_path / "r.yaml", model, few, **keys)
+    code, once, err = in_process(recipe, tmp_path / "once")
+    assert code == 0, err
+    for step in (1, 2):
+        (tmp_path / f"again-{step}").mkdir()
+        checkpoint = as_killed_after(once, step, tmp_path / f"again-{step}")
+        code, again, err = in_process(recipe, tmp_path / f"again-{step}", "--resume", checkpoint)
+        assert code == 0, err
+        assert_same_run(once, again)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3"])
+def test_however_the_work_is_shared_packed_runs_go_one_way(
+    way: str, model: Path, few: Path, tmp_path: Path, in_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A step takes a whole generation: how TRL shuffles one depends on the process.
+    keys = RUN | {"learning_rate": 1e-4, "micro_batch_tokens": 150, "max_steps": 3, "steps_per_generation": 2}
+    shared = write_recipe(tmp_path / "two.yaml", model, few, **keys | {"per_device_train_batch_size": 4})
+    two = run(way, shared, tmp_path / "two", script=FIXED)
+    monkeypatch.setattr(PolicyTrainer, "_generate_here", fixed_completions.completions)
+    alone = write_recipe(tmp_path / "one.yaml", model, few, **keys | {"micro_batch_tokens": None})
+    code, one, err = in_process(alone, tmp_path / "one")
+    assert code == 0, err
+    for name in ("loss", "grad_norm", "reward"):
+        expected, found = ([line[name] for line in steps(folder) if name in line] for folder in (one, two))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4), name
+    expected, found = weights(one.model), weights(two.model)
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-4
