@@ -288,10 +288,13 @@ def test_windows_of_several_steps_and_an_adapter(
     assert_same_run(folder, again)
 
 
-def test_several_windows_a_step(server: Served, recipe: Callable[..., Path], tmp_path: Path, in_process) -> None:
+@pytest.mark.parametrize("more", [{}, {"micro_batch_tokens": 256}], ids=["padded", "packed"])
+def test_several_windows_a_step(
+    more: dict[str, Any], server: Served, recipe: Callable[..., Path], tmp_path: Path, in_process
+) -> None:
     """An epoch of five windows has two steps of two and one of one; the second window of a step is not stale."""
     before = len(server.calls)
-    made = recipe(server, gradient_accumulation_steps=2, max_steps=4, steps_per_generation=1)
+    made = recipe(server, gradient_accumulation_steps=2, max_steps=4, steps_per_generation=1, **more)
     code, folder, err = in_process(made, tmp_path / "run")
     assert code == 0, err
     assert labels(folder) == [(1, 0), (2, 0), (2, 1), (3, 1), (4, 2), (4, 3)]
