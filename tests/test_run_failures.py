@@ -439,7 +439,16 @@ def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
     launch.until(lambda: "starting the policy server" in launch.output)
     assert_failed(launch, STOP_S, "server: exited with code 3: torch.OutOfMemoryError: CUDA out of memory.")
     assert "engine core failed to start" in "\n".join(launch.last_lines)
-    assert launch.phase is None  # no trainer was started
+    assert launch.phase is None  # no trainer has begun
+
+
+def test_the_trainer_is_started_beside_the_server_and_begins_once_that_is_ready(start_with_server: Start) -> None:
+    launch = start_with_server(server="hang-after-health", trainer="trains")
+    launch.until(lambda: any("launch/grpo.py" in " ".join(each.cmdline()) for each in launch.below()))
+    time.sleep(2)
+    assert launch.phase is None and "starting the trainer" not in launch.output
+    launch.signal(SIGTERM)
+    assert launch.end(STOP_S) == CODES[SIGTERM]
 
 
 @pytest.mark.parametrize(
