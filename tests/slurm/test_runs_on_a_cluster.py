@@ -82,8 +82,9 @@ def submit(cluster: Cluster, place: Path, model: Path, nodes: int, preempt: tupl
     place.mkdir()
     given = {**KEYS, **keys, "model_name_or_path": model, "runs_dir": place / "runs"}
     words_of_sbatch = [f"--nodes={nodes}", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={place}/out.log"]
-    env = {**QUIET, "R1ZERO_PYTHON": server_python(), "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
+    env = {**QUIET, "R1ZERO_PYTHON": server_python(), "HF_HUB_OFFLINE": "1"}
     env |= {"OMP_NUM_THREADS": "1", "R1ZERO_CACHE": str(place / "cache")}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, (PROJECT / "src", PROJECT)))}
     recipe = "recipes/tiny/arithmetic_grpo.yaml"
     job = cluster.submit(*words_of_sbatch, "slurm/train.sh", recipe, *words(given), cwd=PROJECT, more_env=env)
     folder = RunFolder(place / "runs" / f"tiny-arithmetic_grpo-{job}")
