@@ -145,8 +145,12 @@ def test_a_preempted_run_over_three_nodes_equals_an_undisturbed_one_over_two(
 def test_preempted_three_times_it_ends_as_one_that_was_left_alone(
     cluster: Cluster, tmp_path: Path, model: Path
 ) -> None:
-    """The trainers generate: the start of a policy server would be half of each of the four attempts."""
-    keys = {"reward_funcs": "tests.slurm.rewards:unhurried"}
+    """The trainers generate: the start of a policy server would be half of each of the four attempts.
+
+    With two processes it does not matter in which order gradients are added. With three it does, and DDP arranges them
+    anew after the first step of each attempt, but not where some might be missing.
+    """
+    keys = {"reward_funcs": "tests.slurm.rewards:unhurried", "ddp_find_unused_parameters": "true"}
     preempted = submit(cluster, sys.executable, tmp_path / "preempted", model, 3, (1, 3, 5), **keys)
     undisturbed = submit(cluster, sys.executable, tmp_path / "undisturbed", model, 1, cpu_processes=3, **keys)
     assert_same_end(preempted, undisturbed, model, 3)
