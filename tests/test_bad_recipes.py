@@ -406,6 +406,23 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
             "leave it out",
         ],
     ),
+    "overlap without a server": ({"max_staleness": 1}, "1x2", ["max_staleness = 1", "starts no policy server"]),
+    "overlap inside of the trainer": (
+        {"max_staleness": 1, "use_vllm": True, "vllm_mode": "colocate"},
+        "1x2",
+        ["max_staleness = 1", "starts no policy server", "vllm_mode: server"],
+    ),
+    "two windows ahead": ({**SERVER, **MODEL, "max_staleness": 2}, "1x2", ["max_staleness = 2", "must be 0 or 1"]),
+    "overlap without a correction": (
+        {**SERVER, **MODEL, "max_staleness": 1, "vllm_importance_sampling_correction": False},
+        "1x2",
+        ["max_staleness = 1", "what an older policy made", "drop vllm_importance_sampling_correction: false"],
+    ),
+    "overlap with a server that sleeps": (
+        {**SERVER, **MODEL, "max_staleness": 1, "vllm_enable_sleep_mode": True},
+        "1x1",
+        ["max_staleness = 1", "would sleep while the trainer works", "drop vllm_enable_sleep_mode"],
+    ),
     "server GPUs without a server": ({"server_gpus": 1}, "1x2", ["server_gpus = 1", "starts no policy server"]),
     "server address without a server": (
         {"vllm_server_base_url": "http://127.0.0.1:8000"},

@@ -560,6 +560,26 @@ def test_batch_arithmetic() -> None:
     assert batch.completions_per_generation == 64 * 4 * 8
 
 
+@pytest.mark.parametrize(
+    ("machine", "words", "expected"),
+    [
+        ("1x2:80", (), "this one, which the policy of one window (1 optimizer step) before has made"),
+        (
+            "1x2:80",
+            ("--num_iterations", "3"),
+            "this one, which the policy of one window (3 optimizer steps) before has made",
+        ),
+        ("1x1:80", (), "has made; they share a GPU, where each slows the other down"),
+    ],
+)
+def test_the_plan_says_what_overlaps(machine: str, words: tuple[str, ...], expected: str) -> None:
+    planned = plan_of(GRPO, machine, "--max_staleness", "1", *words, model=SMOLLM2)
+    (line,) = (each for each in planned.render().splitlines() if each.startswith("Overlap: "))
+    assert line.endswith(expected)
+    assert "the policy server makes the next window while the trainer learns from this one" in line
+    assert "Overlap" not in plan_of(GRPO, machine, *words, model=SMOLLM2).render()
+
+
 def test_generation_batch_size_sets_the_passes() -> None:
     batch = plan_of(GRPO, "1x2", "--generation_batch_size", "1024").batch
     assert batch.steps_per_generation == 16

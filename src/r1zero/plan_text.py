@@ -51,6 +51,8 @@ def render(plan: "Plan") -> str:
             f"{batch.iterations} time(s), at most {recipe['max_completion_length']} tokens each",
             soft_wrap=True,
         )
+        if recipe.own.max_staleness:
+            console.print(f"Overlap: {_overlap(plan)}", soft_wrap=True)
     else:
         console.print(f"Optimizer step: {arithmetic} = {batch.samples_per_step} worked solutions")
     steps = f"{recipe['max_steps']} steps" if recipe["max_steps"] > 0 else f"{recipe['num_train_epochs']:g} epoch(s)"
@@ -77,6 +79,18 @@ def shell(argv: Sequence[str], gpus: Sequence[int], env: Sequence[tuple[str, str
         variables.insert(0, f"CUDA_VISIBLE_DEVICES={_list(gpus)}")
     words = ["python" if word == sys.executable else word for word in argv]
     return " ".join([*variables, shlex.join(words)])
+
+
+def _overlap(plan: "Plan") -> str:
+    """What goes on at the same time, and how old what is learned from may be."""
+    what = "the policy server makes the next window while the trainer learns from this one, which the policy of one"
+    batch = plan.batch
+    steps = -(-batch.steps_per_generation * batch.iterations // batch.accumulation)
+    shared = {(each.node, gpu) for each in plan.servers for gpu in each.gpus} & {
+        (each.node, gpu) for each in plan.trainers for gpu in each.gpus
+    }
+    slower = "; they share a GPU, where each slows the other down" if shared else ""
+    return f"{what} window ({steps} optimizer step{'s' if steps > 1 else ''}) before has made{slower}"
 
 
 def _hardware(plan: "Plan") -> str:

@@ -239,6 +239,11 @@ class OwnKeys:
         "ask the policy server for each completion with a seed of its own, from seed, step and place, so that a run "
         "that was interrupted draws the same ones again; costs some speed",
     )
+    max_staleness: int = _key(
+        0,
+        "with 1 the policy server makes the next window of completions while the trainer learns from this one, which "
+        "was then made by the policy of one window before; 0: they take turns, and nothing is stale",
+    )
     publish: str = _key(
         "auto",
         "how a new policy version reaches the policy server: adapter or folded (LoRA; folded: the server adds it to "
@@ -908,12 +913,16 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         yield Fault(
             "vllm_tensor_parallel_size", recipe["vllm_tensor_parallel_size"], "must be at least 1", "1 is usual"
         )
+    if own.max_staleness not in (0, 1):
+        yield Fault("max_staleness", own.max_staleness, "must be 0 or 1", "1 overlaps server and trainer, 0 does not")
     if not recipe.dedicated_server:
-        for key in ("server_gpus", "publish", "server_base", "gpu_memory_limit"):
+        for key in ("server_gpus", "publish", "server_base", "gpu_memory_limit", "max_staleness"):
             if getattr(own, key) != own_keys()[key].default:
                 why = "this recipe starts no policy server"
                 yield Fault(key, getattr(own, key), why, "add use_vllm: true and vllm_mode: server, or drop it")
         return
+    if own.max_staleness:
+        yield from _impossible_overlap(recipe)
     if recipe["load_in_8bit"]:
         why = "a policy server cannot serve these 8-bit weights, and any others would be another policy"
         yield Fault("load_in_8bit", True, why, "use load_in_4bit: true, or use_vllm: false")
@@ -930,6 +939,18 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("publish", own.publish, why, "use publish: adapter, or server_base: rounded")
     if recipe["use_peft"]:
         yield from _unservable_adapter(recipe)
+
+
+def _impossible_overlap(recipe: Recipe) -> Iterable[Fault]:
+    """What cannot be while the policy server is ahead of the trainer."""
+    stale = recipe.own.max_staleness
+    if not recipe["vllm_importance_sampling_correction"]:
+        why = "what an older policy made is learned from as if the newest had made it, unless that is corrected for"
+        remedy = "drop vllm_importance_sampling_correction: false, or set it to 0"
+        yield Fault("max_staleness", stale, why, remedy)
+    if recipe["vllm_enable_sleep_mode"]:
+        why = "the policy server would sleep while the trainer works (vllm_enable_sleep_mode), and so make nothing"
+        yield Fault("max_staleness", stale, why, "drop vllm_enable_sleep_mode, or set it to 0")
 
 
 def _unservable_adapter(recipe: Recipe) -> Iterable[Fault]:

@@ -198,6 +198,19 @@ def test_a_policy_that_is_sure_is_ill_only_where_it_is_not_right() -> None:
     assert names(Signs({}, learned)) == []
 
 
+def test_a_server_that_is_ahead() -> None:
+    """The trainer's waiting counts, and what sampled is another policy by design: the probe compares the same two."""
+    keys = {**GPU, "max_staleness": 1, "use_vllm": True, "server_gpus": 1}
+    waits = steps_of(**{"seconds/wait": 0.8, "seconds/train": 0.2, "seconds/step": 1.0})
+    (found,) = doctor.examine(Signs(keys, waits))
+    assert (found.name, found.remedy[:21]) == ("server_bound", "server_gpus: 1 -> 2; ")
+    assert names(Signs(keys, steps_of(**{"seconds/wait": 0.1, "seconds/step": 1.0}))) == []
+    apart = steps_of(**{"sampling/sampling_logp_difference/mean": 0.3, "probe/difference": 0.02})
+    (found,) = doctor.examine(Signs(keys, apart))
+    assert (found.name, found.remedy) == ("stale", "max_staleness: 1 -> 0")
+    assert names(Signs({**keys, "max_staleness": 0}, apart)) == ["logprob_mismatch"]
+
+
 def test_a_guard_that_takes_longer_than_the_publish() -> None:
     times = {"seconds/publish": 0.1, "seconds/probe": 0.3, "seconds/generate": 0.3, "seconds/step": 1.0}
     found = doctor.examine(Signs(GPU, steps_of(**times)))

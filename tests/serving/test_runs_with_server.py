@@ -12,6 +12,7 @@ from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from tests.conftest import PROJECT
 from tests.serving.conftest import Server
 from tests.serving.launched import LORA, RECIPE, SHORT, environment, launch, seconds, server_python, words
+from tests.training.conftest import rows
 
 pytestmark = [pytest.mark.xdist_group("real_server"), pytest.mark.timeout(600)]
 
@@ -34,6 +35,23 @@ def test_a_run_with_a_server_of_its_own(route: str, tmp_path: Path, model_folder
     assert followed and min(followed) > 0.9
     for phase in ("generate", "publish", "probe", "train"):
         assert min(seconds(steps, f"seconds/{phase}")) > 0
+    run.assert_nothing_is_left()
+
+
+def test_a_server_that_dies_while_it_is_ahead_of_the_trainer(tmp_path: Path, model_folder: Path) -> None:
+    """With max_staleness 1: killed while the trainer learns from one window and it makes the next."""
+    keys = {**LORA, "publish": "folded", "max_staleness": 1, "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    run = launch(tmp_path, model_folder, keys, "engine SIGKILL training")
+    assert run.code == 0, run.err
+    assert "Overlap: the policy server makes the next window" in run.folder.plan.read_text()
+    (restart,) = run.lines("restart")
+    assert restart["checkpoint"] == "checkpoints/checkpoint-1"
+    files = sorted((run.folder.path / "rollouts").glob("train-*.parquet"))
+    labels = [{(row["step"], row["policy_version"]) for row in rows(file)} for file in files]
+    assert labels == [{(1, 0)}, {(2, 0)}, {(3, 1)}, {(4, 2)}, {(5, 3)}]
+    steps = run.lines("step")
+    assert [step["staleness"] for step in steps] == [0, 1, 1, 1, 1]
+    assert max(seconds(steps, "probe/difference")) < 1e-3
     run.assert_nothing_is_left()
 
 

@@ -173,7 +173,7 @@ def _logprob_mismatch(signs: Signs) -> Sign | None:
         evidence, severity = f"the guard stopped the run: {signs.reason[:200]}", BROKEN
     elif probe is not None and probe > NEAR_TOLERANCE * tolerance:
         evidence, severity = f"they differ by {probe:.3f} nats on the probe (probe_tolerance {tolerance:g})", HINDERED
-    elif sampled is not None and sampled > LOGPROB_DIFFERENCE:
+    elif sampled is not None and sampled > LOGPROB_DIFFERENCE and not signs.key("max_staleness"):
         evidence, severity = f"they differ by {sampled:.3f} nats a token on the rollouts", HINDERED
     else:
         return None
@@ -384,6 +384,12 @@ def _frozen(signs: Signs) -> Sign | None:
 
 
 def _stale(signs: Signs) -> Sign | None:
+    sampled = signs.now("sampling/sampling_logp_difference/mean")
+    if signs.key("max_staleness") and sampled is not None and sampled > LOGPROB_DIFFERENCE:
+        evidence = (
+            f"the policy is {sampled:.3f} nats a token from the one that made what it learns from, a window before"
+        )
+        return Sign(evidence, "max_staleness: 1 -> 0")
     share = signs.now("clip_ratio/region_mean")
     if share is None or share <= STALE:
         return None
@@ -483,7 +489,8 @@ def _grading_slow(signs: Signs) -> Sign | None:
 
 
 def _server_bound(signs: Signs) -> Sign | None:
-    share = signs.share_of_step("generate")
+    # Where the server is ahead of the trainer, what counts is how long the trainer waits for it all the same.
+    share = signs.share_of_step("wait" if signs.key("max_staleness") else "generate")
     if share is None or share <= GENERATING_SHARE:
         return None
     step = signs.now("seconds/step") or 0.0

@@ -102,8 +102,14 @@ METRICS = (
     Metric("probe/seconds", "s", "that comparing took", PROBE),
     Metric("publish/seconds", "s", "from the trainer's weights to a server that serves them", PUBLISH),
     Metric("publish/bytes", "B", "sent or laid down for it", PUBLISH),
+    Metric("staleness", "steps", "from the policy that made the completions to the one that begins to learn", TRAINER),
     # Time and memory.
-    Metric("seconds/*", "s", "of the step: <publish, probe, generate, grade, record, train; step: all>", CLOCK),
+    Metric(
+        "seconds/*",
+        "s",
+        "of the step: <publish, probe, generate, wait (for the next window), grade, record, train; step: all>",
+        CLOCK,
+    ),
     Metric("seconds_left", "s", "to the last step, at the pace of the last 20", CLOCK),
     Metric("step_time", "s", "of the step without what comes between two steps", TRL),
     Metric("memory/peak_gib", "GiB", "the most that the first trainer process has held of its GPU", CLOCK),

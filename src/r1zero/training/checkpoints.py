@@ -96,6 +96,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._metrics["train"].update(between["metrics"])
         self._total_train_tokens = between["tokens"]
 
+    def under_way(self) -> dict[str, Any]:
+        """What else `restore_between_steps` is to get back, and has to be waited for. A collective."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """What a run must have in common with the one that wrote its checkpoint, else the rest would be another run."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -264,6 +268,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         Raises:
             CheckpointError: when the disk has no room for it; others are as they were.
         """
+        self._between["own"] |= self.under_way()
         step = self.state.global_step
         final = self.recorder.folder.checkpoints / f"checkpoint-{step}"
         place = checkpoints.aside(final)

@@ -62,6 +62,7 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
             alerts={"unparsed": recipe.own.alert_unparsed, "timed_out": recipe.own.alert_timed_out},
             server=_server(recipe, recorder.folder, problems, tokenizer),
             seed_rollouts=recipe.own.seed_rollouts,
+            max_staleness=recipe.own.max_staleness,
             micro_batch_tokens=recipe.own.micro_batch_tokens,
         )
         with contextlib.closing(trainer):

@@ -30,6 +30,9 @@ class WindowSampler(Sampler[int]):
         repeats: how often each window comes, once for each batch that is cut from it.
         shuffle: whether prompts come in random order; else in that of the dataset.
         seed: of the shuffles.
+
+    Attributes:
+        windows: of an epoch.
     """
 
     def __init__(self, prompts: Sized, *, group: int, window: int, repeats: int, shuffle: bool, seed: int) -> None:
@@ -38,22 +41,31 @@ class WindowSampler(Sampler[int]):
         self._shuffle, self._seed = shuffle, seed
         self._epoch = 0
         # Less prompts than a window has: an epoch is one window, in which some come twice.
-        self._windows = max(1, self._count // window)
+        self.windows = max(1, self._count // window)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is, counted from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._windows * self._window * self._group * self._repeats
+        return self.windows * self._window * self._group * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        first = self._epoch * self._windows * self._window
-        row = self._row(first, first + self._windows * self._window)
+        first = self._epoch * self.windows * self._window
+        row = self._row(first, first + self.windows * self._window)
         for start in range(0, len(row), self._window):
             for _ in range(self._repeats):
                 for index in row[start : start + self._window]:
                     yield from [index] * self._group
+
+    def window(self, number: int) -> list[int]:
+        """What a window holds, counted from 0 over all epochs: the indices of one of its batches, of all processes.
+
+        >>> WindowSampler(range(5), group=2, window=2, repeats=3, shuffle=False, seed=0).window(2)
+        [4, 4, 0, 0]
+        """
+        row = self._row(number * self._window, (number + 1) * self._window)
+        return [index for index in row for _ in range(self._group)]
 
     def _row(self, first: int, last: int) -> list[int]:
         """The prompts at the places [first, last) of the endless row."""

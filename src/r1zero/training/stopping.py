@@ -1,5 +1,6 @@
 """The request to stop soon, as the trainer's processes see it: they look together, and leave together."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class StopRequest:
     def __init__(self, folder: RunFolder, accelerator: Any) -> None:
         self._folder, self._accelerator = folder, accelerator
         self._asked = False
+        self._asked_at = 0.0
         self._finding: Finding | None = None
 
     def asked(self) -> bool:
@@ -44,8 +46,18 @@ class StopRequest:
     def seen_here(self) -> bool:
         """What this process contributes to `asked`: only the main process looks, and once asked it stays so."""
         if self._accelerator.is_main_process and not self._asked:
-            self._asked = self._folder.stop.exists()
+            self._asked, self._asked_at = self._folder.stop.exists(), time.time()
         return self._asked
+
+    def pressing(self) -> bool:
+        """Whether nothing can be waited for any more, as this process sees it; only the main one looks.
+
+        Of the time that is left for stopping, half is for what is under way, half for writing the checkpoint.
+        """
+        if self._finding is not None or not self.seen_here():
+            return False
+        deadline = (read_json(self._folder.stop) or {}).get("deadline")
+        return deadline is not None and time.time() > (self._asked_at + float(deadline)) / 2
 
     def raise_alarm(self, finding: Finding | None) -> None:
         """Ask from within, on all processes at once, since one of ``stop_on`` came up; only the main one knows what."""

@@ -23,6 +23,7 @@ from r1zero.tasks.verifier import Verdict, Verifier
 from r1zero.training.alarm import Alarm
 from r1zero.training.checkpoints import ResumableTrainer
 from r1zero.training.generation import PolicyServer, in_place_of_vllm
+from r1zero.training.next_window import NextWindow
 from r1zero.training.packing import MicroBatch, PackedPasses
 from r1zero.training.recorder import Recorder, clipped, prompt_text
 from r1zero.training.rollouts import InProcessRollouts, Rollouts
@@ -31,6 +32,10 @@ from r1zero.training.stop_strings import StopStrings
 from r1zero.training.stopping import LOOK_S, any_rank
 
 LENGTH_QUANTILES = (0.1, 0.5, 0.9)
+GIVEN_UP = (
+    "there was no time to wait for the completions of the next window: a run that goes on from here asks for them "
+    "anew, of the newest policy, and is not exactly the one that never stopped; more preemption_grace prevents that"
+)
 
 
 class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignore[misc]
@@ -44,6 +49,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         server: makes the policy server's side of the trainer, given what TRL gives a `VLLMGeneration`; None where
             completions are generated in this process.
         seed_rollouts: whether each completion that a policy server is asked for has a seed of its own.
+        max_staleness: with 1 the policy server makes the next window while the trainer learns from this one.
         micro_batch_tokens: learn from packed micro-batches of so many tokens; None: as TRL does, padded.
     """
 
@@ -56,6 +62,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         alerts: Mapping[str, float] | None = None,
         server: Callable[..., PolicyServer] | None = None,
         seed_rollouts: bool = False,
+        max_staleness: int = 0,
         micro_batch_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -64,7 +71,8 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         self.begin_packing(micro_batch_tokens, [] if self.ref_model is None else [self.ref_model])
         self.begin_recording(recorder)
         self.verifier = verifier
-        self.seed_rollouts = seed_rollouts
+        self.seed_rollouts, self.max_staleness = seed_rollouts, max_staleness
+        self.next_window: NextWindow | None = None
         self.stop = StopStrings(stop_strings, self.processing_class)
         self.alarms = [Alarm(verdict, share) for verdict, share in (alerts or {}).items()]
         self.several_sources = len(self.train_dataset.unique("source")) > 1
@@ -126,7 +134,8 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
 
     def facts(self) -> dict[str, Any]:
         names = ("num_generations", "steps_per_generation", "num_iterations")
-        return super().facts() | {name: getattr(self.args, name) for name in names}
+        own = {"max_staleness": self.max_staleness}
+        return super().facts() | {name: getattr(self.args, name) for name in names} | own
 
     def between_steps(self) -> dict[str, Any]:
         return super().between_steps() | {
@@ -142,6 +151,8 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         self._buffered_inputs = between["window"]
         for alarm, state in zip(self.alarms, between["alarms"], strict=True):
             alarm.restore(state)
+        if "next_window" in between:
+            self.next_window = NextWindow.restored(between["next_window"])
 
     def complete(
         self, prompt_ids: Sequence[Sequence[int]], group: int, seed: int | None = None, **sampling: Any
@@ -159,6 +170,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         """
         self._stop_if_asked()
         if self.server:
+            self._wait_for_next_window()
             self._publish()
             with self.clock.phase("generate"):
                 ticket = self.rollouts.submit(prompt_ids, group, {**self.server.sampling, **sampling}, seed)
@@ -190,6 +202,71 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
             if not unfinished and completed is not None:
                 return completed
 
+    def _complete_window(self, prompt_ids: Sequence[Sequence[int]], group: int) -> list[Rollout]:
+        """This process's completions of the window that begins now; the servers go on with the next. A collective."""
+        number, share = self._step // self._batches_of_a_window, len(prompt_ids)
+        if self.next_window is None:
+            completed = self.complete(prompt_ids, group, self._seed_of_window(number, share))
+        else:
+            self._stop_if_asked()
+            self._wait_for_next_window()
+            completed = self.next_window.take(number, prompt_ids)
+            self.next_window = None
+            self._publish()
+        if self.max_staleness and self._another_window_follows():
+            self.next_window = self._begin_window(number + 1, group, share)
+        return completed
+
+    def _begin_window(self, number: int, group: int, share: int) -> NextWindow:
+        """Ask for the `share` completions that this process will learn from in a window to come."""
+        assert self.server is not None and self.server.version is not None  # noqa: S101 - it has just been published to
+        first = int(self.accelerator.process_index) * share
+        indices = self._get_train_sampler().window(number)[first : first + share]
+        prompt_ids, _, _ = self._tokenize_prompts([self.train_dataset[index]["prompt"] for index in indices])
+        seed = self._seed_of_window(number, share)
+        ticket = self.rollouts.submit(prompt_ids, group, self.server.sampling, seed)
+        return NextWindow(number, self.server.version, self.rollouts, ticket)
+
+    def _another_window_follows(self) -> bool:
+        """Whether this run will begin a window after the one that begins now."""
+        accumulated = self.args.gradient_accumulation_steps
+        batches_of_an_epoch = self._get_train_sampler().windows * self._batches_of_a_window
+        epochs, batches = divmod(self._step + self._batches_of_a_window, batches_of_an_epoch)
+        # An epoch ends with a step, of less batches where it does not come out even.
+        return bool(
+            epochs * -(-batches_of_an_epoch // accumulated) + batches // accumulated < int(self.state.max_steps)
+        )
+
+    def _wait_for_next_window(self) -> None:
+        """Until the servers have made the next window, so that they have nothing to do. A collective.
+
+        Raises:
+            Stopped: when the run was asked to stop meanwhile; a checkpoint will wait for what is left.
+        """
+        while self.next_window is not None:
+            with self.clock.phase("wait"):
+                waiting = not self.next_window.wait(LOOK_S)
+                asked = self.stop_request.seen_here() and not self._on_the_way
+                stop, waiting = any_rank(self.accelerator, asked, waiting)
+            if stop:
+                raise self.stop_request.stopped()
+            if not waiting:
+                return
+
+    def under_way(self) -> dict[str, Any]:
+        """The next window, with all its completions. Where the time to stop is too short for them they are given up."""
+        while self.next_window is not None:
+            with self.clock.phase("wait"):
+                waiting = not self.next_window.wait(LOOK_S)
+                pressing, waiting = any_rank(self.accelerator, self.stop_request.pressing(), waiting)
+            if not waiting:
+                return {"next_window": self.next_window.state()}
+            if pressing:
+                self.next_window.cancel()
+                self.next_window = None
+                self.recorder.alert(self.state.global_step, GIVEN_UP)
+        return {}
+
     def _publish(self) -> None:
         """Give the policy server the weights of this step, where it does not have them yet."""
         assert self.server is not None  # noqa: S101 - its callers know
@@ -212,20 +289,19 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         num_generations: int,
         has_tool_images: bool = False,
     ) -> Any:
-        completed = self.complete(prompt_ids, num_generations, self._seed_of_window(len(prompt_ids)))
+        completed = self._complete_window(prompt_ids, num_generations)
         self._versions = [each.policy_version for each in completed]
         ids = [list(each.completion_ids) for each in completed]
         logprobs = [list(each.logprobs or ()) for each in completed] if self.use_vllm else None
         return self.stop.cut(ids, logprobs)
 
-    def _seed_of_window(self, share: int) -> int | None:
+    def _seed_of_window(self, window: int, share: int) -> int | None:
         """The seed of this process's first completion of a window of which it makes `share`.
 
         It depends on the window and the place in it, not on how many processes or servers there are.
         """
         if not self.seed_rollouts:
             return None
-        window = self._step // self._batches_of_a_window
         return seed_of(self.args.seed, window) + int(self.accelerator.process_index) * share
 
     def _generate_here(self, prompt_ids: list[list[int]], group: int) -> tuple[list[list[int]], Any]:
@@ -333,6 +409,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         lengths_of_all = np.quantile([row["length"] for row in rows], LENGTH_QUANTILES).tolist()
         for quantile, length in zip(LENGTH_QUANTILES, lengths_of_all, strict=True):
             metrics[f"completions/p{100 * quantile:.0f}_length"].append(length)
+        metrics["staleness"].append(float(max(row["step"] - 1 - row["policy_version"] for row in rows)))
         for verdict in Verdict:
             metrics[f"verdict/{verdict.value}"].append(_mean([row["verdict"] == verdict.value for row in rows]))
         for source in sorted({row["source"] for row in rows}) if self.several_sources else ():
