@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from r1zero import checkpoints
 from r1zero.log_ends import LogEnd, ended, read
 
 LAUNCH = """Traceback (most recent call last):
@@ -80,6 +81,19 @@ def test_a_rank_that_refused_is_the_cause_with_what_it_said(tmp_path: Path) -> N
     end = end_of(tmp_path, "error: the server has another policy\n" + raised(0, LOST) + table(1, 3))
     assert end.error == "the server has another policy"
     assert end.lines[-1] == "torch elastic: the first to fail was rank 1, exited with code 3"
+
+
+@pytest.mark.parametrize("seen_first", [0, 1])
+@pytest.mark.parametrize("printed_first", [0, 1])
+def test_of_two_ranks_that_refused_the_one_that_knows_why_is_the_cause(
+    tmp_path: Path, seen_first: int, printed_first: int
+) -> None:
+    given_up = str(checkpoints.given_up(Path("checkpoints/checkpoint-2")))
+    said = ["error: no room for checkpoint-2 in checkpoints\n", f"error: {given_up}\n"]
+    end = end_of(tmp_path, "".join(said if printed_first else said[::-1]) + table(seen_first, 3))
+    assert end.error == "no room for checkpoint-2 in checkpoints" and not end.follows
+    alone = end_of(tmp_path, said[1] + table(seen_first, 3))
+    assert alone.error == given_up and alone.follows
 
 
 def test_of_one_process_accelerates_own_traceback_goes(tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from r1zero import checkpoints
+from r1zero.restarts import REFUSED
 from r1zero.run_folder import RunFolder, read_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from tests.conftest import PROJECT
@@ -425,6 +427,52 @@ def test_a_rank_that_fails_stops_all_with_its_own_error_first(
     assert "[rank1]: ValueError: the reward of rank 1 is broken" in shown[-5]
 
 
+@pytest.mark.parametrize(
+    ("config", "blind", "part"),
+    [
+        ("ddp", False, 0.4),
+        ("zero3", True, 0.4),  # in the middle of both ranks' shards
+        *(
+            pytest.param(config, True, part, marks=pytest.mark.soak)
+            for config in ("ddp", "zero2", "zero3")
+            for part in (0.1, 0.4, 0.7, 0.97)
+            if (config, part) != ("zero3", 0.4)
+        ),
+    ],
+)
+def test_ranks_without_room_for_a_checkpoint_end_together(
+    config: str, blind: bool, part: float, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for a part of the second checkpoint. Blind, that is met in the midst of writing it."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (PROJECT / "src", PROJECT))))
+    reward = ("--reward_funcs", "tests.stand_ins.blind_to_space:reward") if blind else ()
+    small = ("--accelerate_config", config, "--cpu_processes", "2", "--per_device_train_batch_size", "8")
+    saving = ("--save_strategy", "steps", "--save_steps", "5", "--eval_count", "0")
+    launch = start(*small, *saving, *reward)
+    launch.until(launch.run_folder.checkpoints.exists)
+    with disk_at(launch.run_folder.checkpoints) as resize:
+        first = launch.run_folder.checkpoints / "checkpoint-5"
+        launch.until(first.exists)
+        written = checkpoints.bytes_in(first)
+        resize(shutil.disk_usage(first).used + int(part * written))
+        no_room = f"trainer: exited with code 1: no room for checkpoint-10 in {first.parent}: it needs "
+        assert_failed(launch, 120, no_room, "Older checkpoints are as they were", code=REFUSED)
+        assert checkpoints.newest(launch.run_folder) == checkpoints.Found(first)
+        assert not list(first.parent.glob(".*"))
+
+
+@contextmanager
+def disk_at(folder: Path) -> Iterator[Callable[[int], object]]:
+    """A file system of its own in an empty folder; gives what sets its size, in bytes."""
+    command = ["mount", "-t", "tmpfs", "tmpfs", folder]
+    if subprocess.run([*command, "-o", "size=1g"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield lambda size: subprocess.run([*command, "-o", f"remount,size={size}"], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def test_kill_9_of_the_launcher_with_a_real_trainer(start: Start) -> None:
     launch = start()
     launch.until(lambda: launch.steps >= 2)
@@ -439,7 +487,16 @@ def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
     launch.until(lambda: "starting the policy server" in launch.output)
     assert_failed(launch, STOP_S, "server: exited with code 3: torch.OutOfMemoryError: CUDA out of memory.")
     assert "engine core failed to start" in "\n".join(launch.last_lines)
-    assert launch.phase is None  # no trainer was started
+    assert launch.phase is None  # no trainer has begun
+
+
+def test_the_trainer_is_started_beside_the_server_and_begins_once_that_is_ready(start_with_server: Start) -> None:
+    launch = start_with_server(server="hang-after-health", trainer="trains")
+    launch.until(lambda: any("launch/grpo.py" in " ".join(each.cmdline()) for each in launch.below()))
+    time.sleep(2)
+    assert launch.phase is None and "starting the trainer" not in launch.output
+    launch.signal(SIGTERM)
+    assert launch.end(STOP_S) == CODES[SIGTERM]
 
 
 @pytest.mark.parametrize(

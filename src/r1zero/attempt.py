@@ -6,8 +6,9 @@ Whatever ends a run ends here: the trainer is done, something failed for good, a
 
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from r1zero.run_folder import STOPPED_OUTCOME, RunFolder, read_json, write_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from r1zero.supervisor import SIGNALS, Interrupted, ProcessFailed, Supervisor, visible_gpus
 from r1zero.training import alarm
+from r1zero.training.main import BEGIN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,11 +144,11 @@ class _Attempt:
             display.say(f"going on from {found.relative_to(self._folder.path)}")
         while True:
             try:
-                self._start_servers()
+                begin = self._start_servers(trainers)
                 if rehearsal and found is None:
                     with _watched(planned, self._shared, supervisor) as check:
                         self._run_to_its_end(rehearsal, self._shared, check)
-                self._train(trainers)
+                self._train(trainers, begin)
             except ProcessFailed as error:
                 if self._notice.at is not None and not restarts.is_final(error):
                     raise Preempted(f"SIGUSR1 received, and then {error.cause}") from error
@@ -192,14 +194,26 @@ class _Attempt:
 
         return used
 
-    def _start_servers(self) -> None:
-        """Start the policy servers and return once each has generated a token; at once where there are none."""
+    def _start_servers(self, trainers: Sequence["Process"]) -> Path | None:
+        """Start the policy servers and return once each has generated a token; at once where there are none.
+
+        Returns:
+            The file that `trainers` wait for, which were started too and import meanwhile. None where they were not:
+            on a GPU that they share vLLM measures its memory while it starts, and nobody else may take any; and on
+            another node a file is seen late.
+        """
         planned, supervisor, display = self._planned, self._supervisor, self._display
         if not planned.servers:
-            return
+            return None
         for server in planned.servers:
             display.say(f"starting the policy {server.name}, log {planned.run_folder / server.log}")
             self._start(server)
+        begin = None
+        served = {gpu for each in planned.servers for gpu in each.gpus}
+        if not self._place.others and not any(served.intersection(each.gpus) for each in trainers):
+            begin = supervisor.temporary_folder((Path(tempfile.gettempdir()),)) / "begin"
+            for trainer in trainers:
+                self._start(trainer, {BEGIN: str(begin)})
         owned_servers.wait_until_all_ready(
             planned.urls_of_servers,
             supervisor,
@@ -209,9 +223,14 @@ class _Attempt:
             say=display.say,
             now=display.now,
         )
+        return begin
 
-    def _train(self, trainers: Sequence["Process"]) -> None:
-        """Start the trainers and wait until they are done, with an eye on the policy servers.
+    def _train(self, trainers: Sequence["Process"], begin: Path | None) -> None:
+        """Let the trainers train and wait until they are done, with an eye on the policy servers.
+
+        Args:
+            trainers: who.
+            begin: the file that they wait for, where they have been started.
 
         Raises:
             Preempted: when they were asked to stop, and did or did not.
@@ -223,7 +242,10 @@ class _Attempt:
         stop = preemption.StopRequest(self._folder, self._notice, self._own.preemption_grace, display.say)
         for trainer in trainers:
             display.say(f"starting the {trainer.name}, log {planned.run_folder / trainer.log}")
-            self._start(trainer)
+            if begin is None:
+                self._start(trainer)
+        if begin is not None:
+            begin.touch()
         with _watched(planned, self._shared, supervisor) as check:
 
             def tick() -> None:
@@ -240,8 +262,8 @@ class _Attempt:
         if summary.get("outcome") == STOPPED_OUTCOME:
             raise Preempted(str(summary.get("why")))
 
-    def _start(self, process: "Process") -> None:
-        env = self._shared
+    def _start(self, process: "Process", more_env: Mapping[str, str] | None = None) -> None:
+        env = {**self._shared, **(more_env or {})}
         if self._place.others and process.node == 0:
             env = {**meeting_env(process, self._planned.hardware.nodes[0].address), **env}
         self._supervisor.start(process, env)

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,16 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def give_up(checkpoint: Path) -> None:
+    """Delete what was begun of a checkpoint. Any of several processes may, also while another one writes or deletes."""
+    begun = aside(checkpoint).parent
+    doomed = checkpoint.parent / f".{checkpoint.name}.removed"
+    with suppress(OSError):  # another process was first
+        begun.rename(doomed)
+    for path in (begun, doomed):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def rotate(checkpoints: Path, latest: Path, keep: int | None) -> None:
     """Delete all but `keep` checkpoints; the oldest go first, but those of later steps than `latest` before them.
 
@@ -279,6 +290,13 @@ def no_space(checkpoint: Path, needed: int, free: int) -> CheckpointError:
     )
 
 
+def given_up(checkpoint: Path) -> CheckpointError:
+    """The error of a process whose part of a checkpoint has no place any more. The cause is another's, who says it."""
+    return CheckpointError(
+        f"{checkpoint.name} was given up by another process: what was begun of it in {checkpoint.parent} is gone"
+    )
+
+
 def out_of_space(error: BaseException, free: int, missing: int) -> bool:
     """Whether writing failed for want of space.
 
@@ -298,8 +316,13 @@ def out_of_space(error: BaseException, free: int, missing: int) -> bool:
 
 
 def bytes_in(folder: Path) -> int:
-    """What the files in a folder take, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """What the files in a folder take, in bytes; of one that another process deletes, what is met of it."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += Path(place, name).stat().st_size
+    return found
 
 
 def _entry(path: Path, sync: bool) -> Entry:

@@ -27,7 +27,8 @@ _RANK = re.compile(r"\[rank(\d+)\]: ")
 # What a rank says when another one is gone.
 _FOLLOWS = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|DistBackendError|DistNetworkError|"
-    r"recvValue failed|remote process exited|Timed out waiting|NCCL communicator was aborted|Read timeout",
+    r"recvValue failed|remote process exited|Timed out waiting|NCCL communicator was aborted|Read timeout|"
+    r"was given up by another process",
     re.IGNORECASE,
 )
 
@@ -86,7 +87,8 @@ def _error_in(lines: Sequence[str]) -> str:
         rank = lines[-1].removeprefix(RANK_ENDED).partition(",")[0]
         its_own = [line for line in lines[:-1] if line.startswith(f"[rank{rank}]: ")]
         said = [line for line in lines[:-1] if not _RANK.match(line)] if "code" in lines[-1] else []
-        return _last_error(its_own) or _last_error(said) or lines[-1]
+        causes = [line for line in said if not _FOLLOWS.search(line)]
+        return _last_error(its_own) or _last_error(causes) or _last_error(said) or lines[-1]
     if error := _last_error(lines):
         return error
     if lines and lines[-1].startswith(SCRIPT_ENDED):

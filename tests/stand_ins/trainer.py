@@ -28,6 +28,7 @@ from typing import Any
 from r1zero import checkpoints
 from r1zero.run_folder import RunFolder, read_json, write_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
+from r1zero.training.main import wait_for_servers
 from r1zero.training.recorder import Recorder
 
 MACHINE_RANK = "R1ZERO_STAND_IN_MACHINE_RANK"
@@ -45,6 +46,7 @@ def main() -> int:
     mode = os.environ.get("R1ZERO_STAND_IN_TRAINER", "trains")
     if os.environ.get(MACHINE_RANK, "0") != "0":
         return on_another_node(RunFolder(arguments.run_folder), mode)
+    wait_for_servers()
     recorder = Recorder(RunFolder(arguments.run_folder), active=True)
     recorder.phase("loading model and data")
     Path(os.environ[PUBLISH_FOLDER], "of-the-trainer").touch()

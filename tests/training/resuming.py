@@ -18,7 +18,7 @@ from r1zero.run_folder import RunFolder
 from tests.conftest import PROJECT
 from tests.training.conftest import QUIET, without_times
 
-LIMIT_S = 240
+LIMIT_S = 480  # of one run, where many share the cores
 # A window feeds 6 steps, and 10 problems make one window of 6 with 4 left over: step 4 is in the middle of a window,
 # between 4 and 8 lies the end of an epoch, and of a turn through all problems.
 EXACT = {

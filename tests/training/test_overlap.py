@@ -254,6 +254,7 @@ def test_a_run_that_is_measured_on_the_way_learns_the_same(
     """And what is measured is the policy of that step; resumed at a step that is measured too."""
     before = len(server.calls)
     words = {"eval_strategy": "steps", "eval_steps": 2, "eval_count": 2, "eval_samples": 1, "eval_on_start": True}
+    words["save_steps"] = 4  # saving waits for the window too
     with server.worse("delay", 0.5):
         code, folder, err = in_process(recipe(server, **words), tmp_path / "run")
     assert code == 0, err

@@ -7,6 +7,7 @@ logged yet), whether what it wrote arrived, and a word where something is missin
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from r1zero.training.recorder import Recorder
 from r1zero.training.stopping import StopRequest, any_rank
 
 PROGRESS = "progress_{}.pt"  # what lies between two steps, of each rank
+CAUSE_S = 30.0  # the process that gave a checkpoint up has said why by then, and its end ends the others
 
 # Several processes on a CPU are given the device "cpu:0", which torch.load, also transformers', cannot load to.
 torch.serialization.register_package(
@@ -292,9 +294,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             free = shutil.disk_usage(final.parent).free
             written = checkpoints.bytes_in(place)
             if not checkpoints.out_of_space(error, free, needed - written):
-                raise
+                if place.exists():
+                    raise
+                time.sleep(CAUSE_S)
+                raise checkpoints.given_up(final) from error
             # What was begun goes, so that there is room to say how the run ended.
-            shutil.rmtree(place.parent, ignore_errors=True)
+            checkpoints.give_up(final)
             raise checkpoints.no_space(final, needed, free + written) from error
         finally:
             self._aside, self.args.save_only_model = None, only_model

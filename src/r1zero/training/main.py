@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from r1zero.restarts import REFUSED, Refusal
 from r1zero.tasks import selection
 from r1zero.tasks.problem import DatasetError
 from r1zero.tasks.selection import Selection
+
+BEGIN = "R1ZERO_BEGIN"  # names a file: once it exists there is a policy server, and the trainer may begin
+POLL_S = 0.1
 
 
 def main(method: str, project: Path) -> int:
@@ -50,7 +54,9 @@ def main(method: str, project: Path) -> int:
             and not _can_start(recipe, chosen)
         ):
             return 2
-        _train(method)(recipe, chosen, known.run_folder, project, known.resume)
+        train = _train(method)
+        wait_for_servers()
+        train(recipe, chosen, known.run_folder, project, known.resume)
     except (RecipeError, DatasetError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -66,6 +72,13 @@ def _can_start(recipe: Recipe, chosen: Selection) -> bool:
     for finding in findings:
         sys.stdout.write(finding.line() + "\n")
     return not has_fault(findings)
+
+
+def wait_for_servers() -> None:
+    """A launcher starts us while its servers start, to import side by side; where it dies it takes us along."""
+    begin = os.environ.get(BEGIN)
+    while begin is not None and not Path(begin).exists():
+        time.sleep(POLL_S)
 
 
 def _train(method: str) -> Callable[[Recipe, Selection, Path | None, Path, Path | None], None]:

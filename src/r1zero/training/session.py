@@ -53,13 +53,23 @@ def session(recipe: Recipe, folder: Path | None, project: Path) -> Iterator[Reco
     recorder.phase("loading model and data")
     try:
         yield recorder
+    except BaseException:
+        # When the process group goes, the other processes fail, and their end ends this one. Its own error is to be
+        # said before that, so what takes time comes first.
+        _close_tracker(recorder)
+        raise
     finally:
         # Gloo's thread needs the GIL to drop its last collective; whoever then frees the process group holds the GIL
         # and waits for that thread, for ever (torch 2.13, ~ProcessGroupGloo under ~Reducer). So it is let finish first.
         time.sleep(SETTLE_S)
         state.destroy_process_group()
-        if recorder.tracker is not None:
-            recorder.tracker.finish((read_json(recorder.folder.summary) or {}).get("outcome"))
+        _close_tracker(recorder)
+
+
+def _close_tracker(recorder: Recorder) -> None:
+    if recorder.tracker is not None:
+        recorder.tracker.finish((read_json(recorder.folder.summary) or {}).get("outcome"))
+        recorder.tracker = None
 
 
 @contextmanager
