@@ -8,6 +8,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
 
+from r1zero.training.correction import CorrectedWhileLearning
 from r1zero.training.packing import PackedPasses
 from r1zero.training.trainer import PolicyTrainer
 
@@ -43,6 +44,20 @@ def test_what_packing_takes_from_the_trainers() -> None:
     scoring = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert scoring.count("self._get_per_token_logps_and_entropies(") == scoring.count("batch_size=batch_size,")
     assert {"shift_labels", "fused_lm_head"} <= set(inspect.getsource(add_fused_lm_head).replace("=", " ").split())
+
+
+def test_what_correcting_while_learning_takes_from_the_trainers() -> None:
+    scoring, loss = (
+        inspect.getsource(each) for each in (GRPOTrainer._generate_and_score_completions, GRPOTrainer._compute_loss)
+    )
+    # Without the correction nothing is scored where a window is one step, and the sampler's values are handed on.
+    assert "self.args.gradient_accumulation_steps % generate_every != 0 or (" in scoring
+    assert "if sampling_per_token_logps is not None:\n            output[" in scoring
+    # The loss looks for the ratio after it has asked for log-probabilities.
+    asked, used = (loss.index(each) for each in ("_get_per_token_logps_and_entropies(", "importance_sampling_ratio"))
+    assert asked < used
+    order = PolicyTrainer.__mro__
+    assert order.index(CorrectedWhileLearning) < order.index(GRPOTrainer)
 
 
 def test_what_resuming_takes_from_the_trainers() -> None:

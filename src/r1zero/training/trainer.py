@@ -22,6 +22,7 @@ from r1zero.tasks.rewards import text_of
 from r1zero.tasks.verifier import Verdict, Verifier
 from r1zero.training.alarm import Alarm
 from r1zero.training.checkpoints import ResumableTrainer
+from r1zero.training.correction import CorrectedWhileLearning
 from r1zero.training.generation import PolicyServer, in_place_of_vllm
 from r1zero.training.next_window import NextWindow
 from r1zero.training.packing import MicroBatch, PackedPasses
@@ -38,7 +39,7 @@ GIVEN_UP = (
 )
 
 
-class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignore[misc]
+class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignore[misc]
     """TRL's trainer, which also grades each batch once and writes down every rollout and where a step's time went.
 
     Args:
@@ -68,6 +69,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
     ) -> None:
         with in_place_of_vllm(server):
             super().__init__(*args, **kwargs)
+        self.begin_correcting()
         self.begin_packing(micro_batch_tokens, [] if self.ref_model is None else [self.ref_model])
         self.begin_recording(recorder)
         self.verifier = verifier
@@ -338,6 +340,7 @@ class PolicyTrainer(ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignor
         at_once = batch_size is None  # by TRL's loss, of a micro-batch
         with self.accelerator.autocast():
             logps, entropies = self.packed_log_probabilities(model, input_ids, attention_mask, logits_to_keep, at_once)
+        self.correct(logps)
         return logps, entropies if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
