@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CPU_SERVER ?= .venv-cpu-server
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test soak lint env cpu-server
 
