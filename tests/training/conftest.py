@@ -88,6 +88,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten problems."""
+    folder = tmp_path_factory.mktemp("few")
+    for split in ("train", "test"):
+        lines = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:10]))
+    return folder
+
+
 def write_recipe(path: Path, model: Path, data: Path, **keys: Any) -> Path:
     recipe = {**SMALL, "model_name_or_path": str(model), "dataset_name": str(data), **keys}
     path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not ...}))

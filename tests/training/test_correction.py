@@ -12,9 +12,9 @@ from trl import GRPOTrainer
 from r1zero.training.correction import METRICS, CorrectedWhileLearning, ratio
 from tests.training import resuming
 from tests.training.resuming import weights
-from tests.training.test_overlap import Served, few, recipe, server, shared
+from tests.training.test_overlap import Served, recipe, server, shared
 
-__all__ = ["few", "recipe", "server", "shared"]  # fixtures
+__all__ = ["recipe", "server", "shared"]  # fixtures
 pytestmark = pytest.mark.timeout(600)
 
 

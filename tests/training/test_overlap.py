@@ -115,16 +115,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield served
 
 
-@pytest.fixture(scope="module")
-def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten problems."""
-    folder = tmp_path_factory.mktemp("few")
-    for split in ("train", "test"):
-        lines = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{split}.jsonl").write_text("".join(lines[:10]))
-    return folder
-
-
 @pytest.fixture
 def recipe(model: Path, few: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(*served: Served, way: str = "single", **keys: Any) -> Path:

@@ -465,16 +465,6 @@ def test_what_a_truncated_completion_was_is_not_learnt_from(trainer: Any) -> Non
 # --- whole runs
 
 
-@pytest.fixture(scope="module")
-def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten problems."""
-    folder = tmp_path_factory.mktemp("few")
-    for split in ("train", "test"):
-        lines = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{split}.jsonl").write_text("".join(lines[:10]))
-    return folder
-
-
 # Generations of three passes and steps of two: they end in the middle of each other.
 RUN = {
     "per_device_train_batch_size": 8,

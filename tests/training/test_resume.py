@@ -26,16 +26,6 @@ FIXED = Path(__file__).with_name("fixed_completions.py")
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def few(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten problems."""
-    folder = tmp_path_factory.mktemp("few")
-    for split in ("train", "test"):
-        lines = (data / f"{split}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{split}.jsonl").write_text("".join(lines[:10]))
-    return folder
-
-
 def recipe_for(way: str, place: Path, model: Path, few: Path, **keys: Any) -> Path:
     """The same global batch of 16 completions, however many processes there are."""
     return write_recipe(
