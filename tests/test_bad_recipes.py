@@ -45,22 +45,22 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "packing with an entropy bonus": (
         {"micro_batch_tokens": 4096, "entropy_coef": 0.01},
         "1x0",
-        ["entropy_coef = 0.01", "drop micro_batch_tokens"],
+        ["entropy_coef = 0.01", "set entropy_coef: 0, or drop micro_batch_tokens"],
     ),
     "packing with the bonus that moves": (
         {"micro_batch_tokens": 4096, "use_adaptive_entropy": True},
         "1x0",
-        ["use_adaptive_entropy = True", "entropy bonus", "drop micro_batch_tokens"],
+        ["use_adaptive_entropy = True", "entropy bonus", "set use_adaptive_entropy: false, or drop micro_batch_tokens"],
     ),
     "packing with a quantile of a pass": (
         {"micro_batch_tokens": 4096, "top_entropy_quantile": 0.2},
         "1x0",
-        ["top_entropy_quantile = 0.2", "depends on the pass"],
+        ["top_entropy_quantile = 0.2", "depends on the pass", "set top_entropy_quantile: 1.0"],
     ),
     "packing with Liger's layers": (
         {"micro_batch_tokens": 4096, "use_liger_kernel": True},
         "1x0",
-        ["use_liger_kernel = True", "packed rows"],
+        ["use_liger_kernel = True", "packed rows", "set use_liger_kernel: false"],
     ),
     "packing with experts": (
         {"micro_batch_tokens": 4096, "router_aux_loss_coef": 0.01},
@@ -238,7 +238,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "all weights to publish where an adapter is trained": (
         {**SERVER, **MODEL, "publish": "shared_memory", "use_peft": True},
         "1x2",
-        ["publish = 'shared_memory'", "with use_peft only those of the adapter change", "publish: adapter"],
+        ["publish = 'shared_memory'", "with use_peft only those of the adapter change", "publish: folded, adapter"],
     ),
     "a route without a server": (
         {"publish": "nccl"},
@@ -416,12 +416,12 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "overlap without a correction": (
         {**SERVER, **MODEL, "max_staleness": 1, "vllm_importance_sampling_correction": False},
         "1x2",
-        ["max_staleness = 1", "what an older policy made", "drop vllm_importance_sampling_correction: false"],
+        ["max_staleness = 1", "what an older policy made", "correction: false, or max_staleness: 0"],
     ),
     "overlap with a server that sleeps": (
         {**SERVER, **MODEL, "max_staleness": 1, "vllm_enable_sleep_mode": True},
         "1x1",
-        ["max_staleness = 1", "would sleep while the trainer works", "drop vllm_enable_sleep_mode"],
+        ["max_staleness = 1", "would sleep while the trainer works", "sleep_mode, or max_staleness: 0"],
     ),
     "server GPUs without a server": ({"server_gpus": 1}, "1x2", ["server_gpus = 1", "starts no policy server"]),
     "server address without a server": (
@@ -641,6 +641,16 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "a run folder for its model": ({"model_name_or_path": "oldrun"}, "1x0", ["'oldrun'", "did you mean oldrun/model?"]),
     "what others call it": ({"lr": 1e-5}, "1x0", ["lr = 1e-05", "did you mean learning_rate?"]),
     "misspelt choice": ({"lr_scheduler_type": "cosin"}, "1x0", ["lr_scheduler_type = 'cosin'", "did you mean cosine?"]),
+    "alarms in one word": (
+        {"stop_on": ["nan,clipped"]},
+        "1x0",
+        ["stop_on = 'nan,clipped'", "several are words of their own: --stop_on nan clipped; one of"],
+    ),
+    "a run that is not there for a model": (
+        {"model_name_or_path": "runs/cold"},
+        "1x0",
+        ["model_name_or_path = 'runs/cold'", "no such model folder"],
+    ),
     "timeout of nothing": ({"server_ready_timeout": 0}, "1x0", ["server_ready_timeout = 0", "must be positive"]),
 }
 

@@ -83,6 +83,12 @@ def test_every_recipe_is_parsed_and_planned_for_its_hardware(name: str, machine:
     assert bool(planned.memory) == (loaded.own.method == "grpo" and loaded.model != recipe.TINY_MODEL)
 
 
+def test_the_cold_start_that_was_measured_is_the_same_on_several_gpus() -> None:
+    path = "recipes/smollm2-135m/gsm8k_sft.yaml"
+    batches = {plan_of(path, machine).batch.samples_per_step for machine in ("1x1:80", "1x8:80", "2x8:80")}
+    assert batches == {64}
+
+
 CASES: dict[str, tuple[str, str, tuple[str, ...], ModelFacts | None]] = {
     "tiny_cpu": ("recipes/tiny/arithmetic_grpo.yaml", "1x0", (), None),
     "smollm2_sft_1gpu": ("recipes/smollm2-135m/gsm8k_sft.yaml", "1x1:24", (), SMOLLM2),
