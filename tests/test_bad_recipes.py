@@ -45,22 +45,22 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "packing with an entropy bonus": (
         {"micro_batch_tokens": 4096, "entropy_coef": 0.01},
         "1x0",
-        ["entropy_coef = 0.01", "drop micro_batch_tokens"],
+        ["entropy_coef = 0.01", "set entropy_coef: 0, or drop micro_batch_tokens"],
     ),
     "packing with the bonus that moves": (
         {"micro_batch_tokens": 4096, "use_adaptive_entropy": True},
         "1x0",
-        ["use_adaptive_entropy = True", "entropy bonus", "drop micro_batch_tokens"],
+        ["use_adaptive_entropy = True", "entropy bonus", "set use_adaptive_entropy: false, or drop micro_batch_tokens"],
     ),
     "packing with a quantile of a pass": (
         {"micro_batch_tokens": 4096, "top_entropy_quantile": 0.2},
         "1x0",
-        ["top_entropy_quantile = 0.2", "depends on the pass"],
+        ["top_entropy_quantile = 0.2", "depends on the pass", "set top_entropy_quantile: 1.0"],
     ),
     "packing with Liger's layers": (
         {"micro_batch_tokens": 4096, "use_liger_kernel": True},
         "1x0",
-        ["use_liger_kernel = True", "packed rows"],
+        ["use_liger_kernel = True", "packed rows", "set use_liger_kernel: false"],
     ),
     "packing with experts": (
         {"micro_batch_tokens": 4096, "router_aux_loss_coef": 0.01},
@@ -140,7 +140,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x0",
         [
             "num_generations = 8",
-            "10 per device x 1 process(es)",
+            "10 per device x 1 process x 1 pass a generation",
             "= 10 completions",
             "use num_generations 2 or 5 or 10",
         ],
@@ -173,12 +173,27 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "servers that leave the trainer nothing": (
         {**SERVER, **MODEL, "server_gpus": 2},
         "1x2",
-        ["server_gpus = 2", "server 2 + trainer 0 = 2 GPUs, 2 here", "nothing is left", "0 lets"],
+        ["server_gpus = 2", "servers take 2 GPUs, 2 here", "nothing is left", "server_gpus: 0 lets"],
     ),
     "one GPU for the trainer alone": (
         {**SERVER, **MODEL, "server_gpus": 1},
         "1x1",
-        ["server_gpus = 1", "server 1 + trainer 0 = 1 GPUs", "share one GPU"],
+        ["server_gpus = 1", "servers take 1 GPU, 1 here", "share one GPU"],
+    ),
+    "more servers than GPUs": (
+        {**SERVER, **MODEL, "server_gpus": 8},
+        "1x1",
+        ["server_gpus = 8", "servers take 8 GPUs, 1 here", "nothing is left"],
+    ),
+    "a server over all GPUs, and a trainer": (
+        {**SERVER, **MODEL, "vllm_tensor_parallel_size": 2, "trainer_gpus": 1},
+        "1x2",
+        ["vllm_tensor_parallel_size = 2", "server 2 + trainer 1 = 3 GPUs, 2 here", "lower vllm_tensor_parallel_size"],
+    ),
+    "a server over all GPUs": (
+        {**SERVER, **MODEL, "vllm_tensor_parallel_size": 2},
+        "1x2",
+        ["vllm_tensor_parallel_size = 2", "servers take 2 GPUs, 2 here", "lower vllm_tensor_parallel_size"],
     ),
     "a trainer on the CPU beside a server on a GPU": (
         {**SERVER, **MODEL, "trainer_gpus": 0},
@@ -238,7 +253,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "all weights to publish where an adapter is trained": (
         {**SERVER, **MODEL, "publish": "shared_memory", "use_peft": True},
         "1x2",
-        ["publish = 'shared_memory'", "with use_peft only those of the adapter change", "publish: adapter"],
+        ["publish = 'shared_memory'", "with use_peft only those of the adapter change", "publish: folded, adapter"],
     ),
     "a route without a server": (
         {"publish": "nccl"},
@@ -300,6 +315,21 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         },
         "1x1:24",
         ["the trainer needs", "23.5 are there", "gradient_checkpointing: true"],
+    ),
+    "packed passes that a GPU has no room for": (
+        {
+            "model_name_or_path": "./smollm2",
+            "max_completion_length": 200,
+            "max_prompt_tokens": 100,
+            "micro_batch_tokens": 10**6,
+        },
+        "1x1:24",
+        ["micro_batch_tokens = 1000000", "the trainer needs", "a smaller micro_batch_tokens"],
+    ),
+    "packed passes that a shared GPU has no room for": (
+        {**SERVER, "model_name_or_path": "./smollm2", "max_prompt_tokens": 64, "micro_batch_tokens": 10**6},
+        "1x1:24",
+        ["micro_batch_tokens = 1000000", "do not fit on one GPU", "a smaller micro_batch_tokens"],
     ),
     "a server whose share is too small": (
         {**SERVER, "model_name_or_path": "./smollm2", "max_prompt_tokens": 64, "vllm_gpu_memory_utilization": 0.01},
@@ -383,7 +413,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "trainer GPUs that nodes do not share evenly": (
         {**SERVER, **MODEL, "server_gpus": 8, "trainer_gpus": 11},
         "4x8",
-        ["trainer_gpus = 11", "3 node(s) have 8 GPUs each", "use 10 or 12", "all 24"],
+        ["trainer_gpus = 11", "there are 8 GPUs on each of 3 nodes", "use 10 or 12", "all 24"],
     ),
     "more GPUs than the nodes have": (
         {**SERVER, **MODEL, "server_gpus": 8, "trainer_gpus": 26},
@@ -416,12 +446,12 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "overlap without a correction": (
         {**SERVER, **MODEL, "max_staleness": 1, "vllm_importance_sampling_correction": False},
         "1x2",
-        ["max_staleness = 1", "what an older policy made", "drop vllm_importance_sampling_correction: false"],
+        ["max_staleness = 1", "what an older policy made", "correction: false, or max_staleness: 0"],
     ),
     "overlap with a server that sleeps": (
         {**SERVER, **MODEL, "max_staleness": 1, "vllm_enable_sleep_mode": True},
         "1x1",
-        ["max_staleness = 1", "would sleep while the trainer works", "drop vllm_enable_sleep_mode"],
+        ["max_staleness = 1", "would sleep while the trainer works", "sleep_mode, or max_staleness: 0"],
     ),
     "server GPUs without a server": ({"server_gpus": 1}, "1x2", ["server_gpus = 1", "starts no policy server"]),
     "server address without a server": (
@@ -465,12 +495,12 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "CPU config with GPUs": (
         {"accelerate_config": "cpu"},
         "1x1",
-        ["accelerate_config = 'cpu'", "hides the GPUs, and the trainer has 1 GPU(s)", "trainer_gpus: 0"],
+        ["accelerate_config = 'cpu'", "hides the GPUs, and the trainer has 1 GPU", "trainer_gpus: 0"],
     ),
     "one-process config for several on the CPU": (
         {"accelerate_config": "cpu", "cpu_processes": 2},
         "1x0",
-        ["accelerate_config = 'cpu'", "has 2 process(es) on CPUs", "ddp, zero2 or zero3, or cpu_processes: 1"],
+        ["accelerate_config = 'cpu'", "has 2 processes on CPUs", "ddp, zero2 or zero3, or cpu_processes: 1"],
     ),
     "accelerate config that is none": (
         {"accelerate_config": "recipe.yaml/x.yaml"},
@@ -480,7 +510,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "one-process config for four": (
         {"accelerate_config": "single_gpu"},
         "1x4",
-        ["accelerate_config = 'single_gpu'", "has 4 GPU(s)", "ddp, zero2 or zero3"],
+        ["accelerate_config = 'single_gpu'", "has 4 GPUs", "ddp, zero2 or zero3"],
     ),
     "folder of another run": (
         {"output_dir": "./model"},
@@ -641,6 +671,16 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "a run folder for its model": ({"model_name_or_path": "oldrun"}, "1x0", ["'oldrun'", "did you mean oldrun/model?"]),
     "what others call it": ({"lr": 1e-5}, "1x0", ["lr = 1e-05", "did you mean learning_rate?"]),
     "misspelt choice": ({"lr_scheduler_type": "cosin"}, "1x0", ["lr_scheduler_type = 'cosin'", "did you mean cosine?"]),
+    "alarms in one word": (
+        {"stop_on": ["nan,clipped"]},
+        "1x0",
+        ["stop_on = 'nan,clipped'", "several are words of their own: --stop_on nan clipped; one of"],
+    ),
+    "a run that is not there for a model": (
+        {"model_name_or_path": "runs/cold"},
+        "1x0",
+        ["model_name_or_path = 'runs/cold'", "no such model folder"],
+    ),
     "timeout of nothing": ({"server_ready_timeout": 0}, "1x0", ["server_ready_timeout = 0", "must be positive"]),
 }
 
@@ -788,6 +828,14 @@ def test_all_faults_are_listed_at_once(place: Path, run) -> None:
     assert "2 faults, nothing was started" in answer.err
     assert "max_stepz" in answer.err
     assert "learning_rate" in answer.err
+
+
+def test_a_dry_run_says_whether_memory_was_looked_at(place: Path, run) -> None:
+    for model, seen in (("./smollm2", "plan, data"), ("nobody/no-such-model", "plan (not memory), data")):
+        lengths = {"max_prompt_tokens": 64, "max_completion_length": 40}
+        (place / "recipe.yaml").write_text(yaml.safe_dump({**GOOD, **SERVER, **lengths, "model_name_or_path": model}))
+        answer = run("recipe.yaml", "--dry-run", "--hardware", "1x1:80")
+        assert answer.code == 0 and f"Checked: recipe, {seen}" in answer.out
 
 
 def test_assumed_hardware_is_for_dry_runs_only(place: Path, run) -> None:

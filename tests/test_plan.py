@@ -83,6 +83,12 @@ def test_every_recipe_is_parsed_and_planned_for_its_hardware(name: str, machine:
     assert bool(planned.memory) == (loaded.own.method == "grpo" and loaded.model != recipe.TINY_MODEL)
 
 
+def test_the_cold_start_that_was_measured_is_the_same_on_several_gpus() -> None:
+    path = "recipes/smollm2-135m/gsm8k_sft.yaml"
+    batches = {plan_of(path, machine).batch.samples_per_step for machine in ("1x1:80", "1x8:80", "2x8:80")}
+    assert batches == {64}
+
+
 CASES: dict[str, tuple[str, str, tuple[str, ...], ModelFacts | None]] = {
     "tiny_cpu": ("recipes/tiny/arithmetic_grpo.yaml", "1x0", (), None),
     "smollm2_sft_1gpu": ("recipes/smollm2-135m/gsm8k_sft.yaml", "1x1:24", (), SMOLLM2),
@@ -403,7 +409,7 @@ def test_the_clean_copy_lies_beyond_the_servers_share() -> None:
     beyond = PROJECTED_GIB + memory.FOLDING_GIB + memory.SERVER_BEYOND_SHARE_GIB
     assert 0.97 * 24 < share * 24 + beyond <= 24 * memory.USABLE
     (line,) = [each for each in planned.memory if "server" in each]
-    assert f"clean copy {PROJECTED_GIB + memory.FOLDING_GIB:.1f}" in line
+    assert f"clean copy and workspace {PROJECTED_GIB + memory.FOLDING_GIB:.1f}" in line
     roomy = with_host("1x2:140", None)
     assert flag(roomy.servers[0], "--gpu-memory-utilization") == "0.9", "the copy fits beside the usual share"
 
@@ -465,6 +471,63 @@ def test_a_shared_gpu_of_which_something_is_not_known_is_shared_as_trl_does(
     assert why in planned.render()
 
 
+@pytest.mark.parametrize(
+    ("path", "machine", "model", "why"),
+    [
+        (GRPO, "1x1:24", None, "HuggingFaceTB/SmolLM2-135M-Instruct's config.json is not here: hf download Hugging"),
+        (GRPO, "1x2:24", None, "config.json is not here: hf download HuggingFaceTB/SmolLM2-135M-Instruct config.json"),
+        (GRPO, "1x2:24", ModelFacts(8192, "gpt2"), "the weights of a model of type gpt2 are not counted here"),
+        (GRPO, "1x2:0", SMOLLM2, "the GPU does not say how much it has"),
+        ("recipes/qwen2.5-math-7b/math_long_cot_sft.yaml", "1x1:24", None, "it is not estimated for a cold start"),
+        (GRPO, "1x2:80", SMOLLM2, None),
+        (TINY, "1x2:80", None, None),
+        (TINY, "1x0", None, None),
+    ],
+)
+def test_memory_that_nothing_was_said_of_is_named(
+    path: str, machine: str, model: ModelFacts | None, why: str | None
+) -> None:
+    text = plan_of(path, machine, model=model).render()
+    lines = [line for line in text.splitlines() if line.startswith("Memory: NOT checked, ")]
+    assert len(lines) == (why is not None)
+    assert why is None or why in lines[0]
+
+
+def test_the_revision_of_a_model_that_is_not_here_is_named() -> None:
+    text = plan_of(GRPO, "1x2:24", "--model_revision", "v2").render()
+    assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct config.json --revision v2" in text
+
+
+def test_the_route_of_an_adapter_of_a_model_that_is_not_here_is_open() -> None:
+    later = "whether it is folded is decided once the model is here"
+    assert later in plan_of(QLORA, "1x2:24").render()
+    for words in (("--server_base", "vllm_4bit"), ("--publish", "adapter"), ("--publish", "folded")):
+        assert later not in plan_of(QLORA, "1x2:24", *words).render()
+    assert later not in plan_of(QLORA, "1x2:24", model=QWEN).render()
+    asked = plan_of(QLORA, "1x2:24", "--publish", "folded").render()
+    assert "how large it is cannot be told before the model is downloaded" in asked
+
+
+def test_a_copy_that_only_an_unknown_host_may_have_room_for_is_named() -> None:
+    unknown = "on the GPU, and how much the host has is not known with --hardware"
+    assert unknown in "".join(with_host("1x1:22.5", None).reasons)
+    assert unknown not in "".join(with_host("1x1:22.5", 29).reasons), "the host is known to be too small"
+    beyond = ("--server_gpus", "1", "--vllm_gpu_memory_utilization", "0.99")
+    assert unknown not in "".join(with_host("1x2:24", None, *beyond).reasons), "on the GPU the rest has no room either"
+
+
+def test_the_copy_is_named_alike_in_route_and_memory() -> None:
+    small = ("--use_peft", "true", "--lora_r", "8")
+    text = plan_of(GRPO, "1x1:80", *small, model=SMOLLM2).render()
+    assert "; a clean copy of the adapted layers, 25 MiB, is on the GPU: it fits" in text
+    assert "clean copy and workspace 0.3" in text
+    asked = plan_of(GRPO, "1x2:80", *small, "--publish", "folded", model=SMOLLM2).render()
+    assert "publish folded: the recipe says so; a clean copy of the adapted layers, 25 MiB, is on the GPU" in asked
+    host = with_host("1x2:16", 64)
+    assert "a clean copy of the adapted layers, 7.4 GiB for each GPU, is in pinned host memory" in host.render()
+    assert "workspace of the copy in host memory 0.2" in host.render()
+
+
 def test_a_tight_gpu_is_named_close_and_sleep_gives_room() -> None:
     tight = plan_of(QLORA, "1x1:16", model=QWEN)
     assert "Because: close: server and trainer need" in tight.render()
@@ -479,6 +542,32 @@ def test_a_tight_gpu_is_named_close_and_sleep_gives_room() -> None:
 def test_a_trainer_close_to_its_own_gpus_memory_is_named() -> None:
     text = plan_of(GRPO, "1x2:36", model=SMOLLM2).render()
     assert "Because: close: the trainer needs" in text and "gradient_checkpointing: true" in text
+    over = plan_of(GRPO, "1x2:33", model=SMOLLM2).render()
+    assert "close" not in over and "Because: over: the trainer needs" in over
+    assert "it is tried, since the estimate is good to a tenth or so; if it fails: gradient_checkpointing: true" in over
+
+
+def test_a_server_with_less_room_for_keys_and_values_than_usual_is_no_danger() -> None:
+    few = plan_of("recipes/qwen2.5-math-7b/math_zero3.yaml", "4x8:80", model=SHAPES["qwen2.5-math-7b"]).render()
+    assert "GiB for keys and values, a quarter of its completions at full length would take" in few
+    assert "close" not in few and "over:" not in few
+    words = ("--max_prompt_tokens", "64", "--max_completion_length", "32", "--publish", "adapter")
+    over = plan_of(QLORA, "1x2:8.2", *words, model=QWEN).render()
+    assert "Because: over: a server needs" in over and "more GPUs for each server" in over
+
+
+def test_a_base_that_the_guard_will_not_take_is_named() -> None:
+    said = "server_base unrounded: the server's weights are not the trainer's 4-bit ones"
+    unrounded = ("--server_base", "unrounded")
+    assert said in plan_of(QLORA, "1x2:80", *unrounded, model=QWEN).render()
+    assert said not in plan_of(QLORA, "1x2:80", *unrounded, "--probe_tolerance", "0.7", model=QWEN).render()
+    assert said not in plan_of(QLORA, "1x2:80", model=QWEN).render()
+
+
+def test_a_budget_below_a_sequence_is_named() -> None:
+    said = "is less than one sequence may have (256 prompt + 750 completion = 1006 tokens)"
+    for budget, named in (("16", True), ("1005", True), ("1006", False)):
+        assert (said in plan_of(QLORA, "1x1:24", "--micro_batch_tokens", budget, model=QWEN).render()) == named
 
 
 @pytest.mark.parametrize(
@@ -584,6 +673,25 @@ def test_generation_batch_size_sets_the_passes() -> None:
     batch = plan_of(GRPO, "1x2", "--generation_batch_size", "1024").batch
     assert batch.steps_per_generation == 16
     assert batch.completions_per_generation == 1024
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "512 completions at a time = 1 optimizer step, each learned from 1 time, "),
+        (
+            ("--steps_per_generation", "32"),
+            "2048 completions at a time = 4 optimizer steps, each learned from 1 time, ",
+        ),
+        (("--num_iterations", "2"), "512 completions at a time = 2 optimizer steps, each learned from 2 times, "),
+        (
+            ("--steps_per_generation", "4"),
+            "256 completions at a time = 0.5 optimizer steps, each learned from 1 time, ",
+        ),
+    ],
+)
+def test_the_plan_says_how_many_steps_a_generation_feeds(words: tuple[str, ...], expected: str) -> None:
+    assert f"Generation: {expected}" in plan_of(GRPO, "1x2", *words).render()
 
 
 def test_lengths_are_checked_against_the_model() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from r1zero.hardware import Hardware
-from r1zero.placement import Placement
+from r1zero.placement import Placement, counted
 from r1zero.recipe import Recipe
 
 # From, up to but without, ZeRO stage, why. With 0.18.2 on two CPU processes and two accumulated passes the gradients
@@ -149,8 +149,8 @@ def _offloads(zero: dict[str, Any]) -> bool:
 
 def _trainer_text(placed: Placement) -> str:
     if placed.trains_on_gpus:
-        return f"{placed.processes} GPU(s)"
-    return f"{placed.processes} process(es) on CPUs" if placed.processes > 1 else "no GPU"
+        return counted(placed.processes, "GPU")
+    return f"{placed.processes} processes on CPUs" if placed.processes > 1 else "no GPU"
 
 
 def _check_deepspeed(recipe: Recipe, config: AccelerateConfig, version: str | None) -> None:

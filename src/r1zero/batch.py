@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from r1zero.model_facts import ModelFacts
+from r1zero.placement import counted
 from r1zero.recipe import Recipe
 
 
@@ -58,11 +59,11 @@ def of(recipe: Recipe, processes: int) -> Batch:
     if recipe.own.method != "grpo":
         return Batch(processes, per_device, accumulation, group=1, steps_per_generation=accumulation, iterations=1)
     group = recipe["num_generations"]
-    one_pass = processes * per_device
+    one_pass, processes_text = processes * per_device, counted(processes, "process", "processes")
     asked, passes = recipe["generation_batch_size"], recipe["steps_per_generation"]
     if asked is not None:
         if asked % one_pass:
-            why = f"is not a multiple of {per_device} per device x {processes} process(es) = {one_pass}"
+            why = f"is not a multiple of {per_device} per device x {processes_text} = {one_pass}"
             raise recipe.fault("generation_batch_size", why, f"use {max(1, round(asked / one_pass)) * one_pass}")
         passes = asked // one_pass
     elif passes is None:
@@ -71,8 +72,8 @@ def of(recipe: Recipe, processes: int) -> Batch:
     if together % group:
         divisors = [str(n) for n in range(2, together + 1) if together % n == 0][:8]
         why = (
-            f"{per_device} per device x {processes} process(es) x {passes} pass(es) a generation = {together} "
-            f"completions, not a multiple of {group}"
+            f"{per_device} per device x {processes_text} x {counted(passes, 'pass', 'passes')} a generation = "
+            f"{together} completions, not a multiple of {group}"
         )
         options = f"use num_generations {' or '.join(divisors)}" if divisors else "raise per_device_train_batch_size"
         raise recipe.fault("num_generations", why, options)

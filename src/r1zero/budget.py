@@ -11,12 +11,12 @@ from r1zero.hardware import Hardware
 from r1zero.memory import Need
 from r1zero.model_facts import ModelFacts, ModelShape
 from r1zero.placement import Allocation, Placement
-from r1zero.recipe import Recipe
+from r1zero.recipe import TINY_MODEL, Recipe
 from r1zero.server_plan import Route
 
 SHARE_UNSEEN = 0.3  # of a shared GPU for the server, where nothing can be estimated: TRL's own default
 SHARE_ALONE = 0.9  # of a GPU of its own: vLLM's default
-SHOWN_ALONE = ("weights", "adapter slots", "clean copy")
+SHOWN_ALONE = ("weights", "adapter slots", memory.COPY_ON_GPU, memory.COPY_ON_HOST)
 MOST_NAMES = 4  # of nodes in a line
 SERVER_CONTEXT = 4096  # tokens that a sequence is taken to need where prompts have no limit
 
@@ -30,12 +30,14 @@ class Budget:
         trainer_limit: GiB that the trainer's allocator is held to; None: it is not.
         lines: for the plan's text.
         reasons: what is close, and what was chosen.
+        unchecked: why nothing says whether it fits; None where that was looked at, or there is no GPU.
     """
 
     utilization: float
     trainer_limit: float | None = None
     lines: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
+    unchecked: str | None = None
 
 
 def of(
@@ -59,7 +61,7 @@ def of(
     if limit is not None and limit > card:
         raise recipe.fault("gpu_memory_limit", f"the GPU has {card:g} GiB", "lower it, or leave it out")
     if not card or model is None or model.shape is None or recipe.own.method != "grpo":
-        return _unseen(recipe, placed, card, model)
+        return replace(_unseen(recipe, placed, card, model), unchecked=_unchecked(recipe, placed, card, model))
     shape, inside = model.shape, not recipe.uses_vllm
     train = memory.trainer(
         shape,
@@ -87,11 +89,17 @@ def of(
         raise recipe.fault(key, why, "more GPUs for each server (vllm_tensor_parallel_size), or a larger share")
     alone = _of_trainer(recipe, hardware, placed, train, card)
     reasons = list(alone.reasons)
-    if needed > memory.CLOSE * room:
-        reasons.append(f"close: a server needs {needed:.1f} GiB of the {room:.1f} that it gets")
-    kv_cache = room - needed + dict(least.parts)["KV cache"]
+    quarter = dict(least.parts)["KV cache"]  # of the completions that it may generate at once
+    kv_cache = room - needed + quarter
+    if quarter > kv_cache >= quarter / -(-sequences // 4):
+        reasons.append(
+            f"a server has {kv_cache:.1f} GiB for keys and values, a quarter of its completions at full length would "
+            f"take {quarter:.1f}: fewer go at a time, the others wait; more server_gpus would be faster"
+        )
+    elif needed > memory.CLOSE * room:
+        reasons.append(_tight("a server", needed, room, "more GPUs for each server (vllm_tensor_parallel_size)"))
     parts = Need((*(part for part in least.parts if part[0] in SHOWN_ALONE), ("KV cache", kv_cache)))
-    whole = room + dict(least.parts)["clean copy"]
+    whole = room + dict(least.parts)[_copy_label(route)]
     lines = [*alone.lines]
     for where in _gpu_texts(hardware, placed, placed.servers):
         each_server = "each server" if len(placed.servers) > 1 else "server"
@@ -120,24 +128,38 @@ def route(
         return chosen
     if not server_plan.can_fold(recipe, placed, model) or model is None or model.shape is None:
         if not asked:
-            return chosen
+            # The embedded model has no server; any other is downloaded by a real start.
+            later = model is None and server_plan.may_fold(recipe, placed)
+            return _said_too(chosen, "; whether it is folded is decided once the model is here") if later else chosen
         on_cpu = not all(each.gpus for each in placed.servers)
-        why = "the servers have no GPU" if on_cpu else "how large it is cannot be told before"
+        unknown = "how large it is cannot be told" + (" before the model is downloaded" if model is None else "")
+        why = "the servers have no GPU" if on_cpu else unknown
         return replace(chosen, clean_copy="host", reasons=(*chosen.reasons, f"clean copy of the base: host, {why}"))
     room = _Room(recipe, hardware, placed, batch, config, model, model.shape)
     said = "publish folded: the adapter alone goes to the server, which adds it to its weights"
     if asked:
         said = chosen.reasons[0]
-    on_gpu, on_host = room.copy_gib(pinned=False), room.copy_gib(pinned=True)
+    on_gpu, on_host = _size(room.copy_gib(pinned=False)), _size(room.copy_gib(pinned=True))
     if room.on_gpu():
-        return Route("folded", "gpu", (f"{said}; their clean copy, {on_gpu:.1f} GiB, is on the GPU: it fits",))
-    if room.on_host() or asked:
-        why = (
-            f"{said}; their clean copy, {on_host:.1f} GiB for each GPU, is in pinned host memory: the GPU is too small"
+        return Route(
+            "folded", "gpu", (f"{said}; a clean copy of the adapted layers, {on_gpu}, is on the GPU: it fits",)
         )
-        return Route("folded", "host", (why,))
-    why = f"{chosen.reasons[0]}; to fold it there is no room for a clean copy of the base, {on_gpu:.1f} GiB"
-    return replace(chosen, reasons=(why,))
+    if room.on_host() or asked:
+        why = f"{on_host} for each GPU, is in pinned host memory: the GPU has no room for it"
+        return Route("folded", "host", (f"{said}; a clean copy of the adapted layers, {why}",))
+    missing = f"; to fold it there is no room for a clean copy of the adapted layers, {on_gpu}"
+    if room.host_might():
+        missing += ", on the GPU, and how much the host has is not known with --hardware"
+    return _said_too(chosen, missing)
+
+
+def _said_too(route: Route, more: str) -> Route:
+    """`route` with `more` behind its reason."""
+    return replace(route, reasons=(route.reasons[0] + more, *route.reasons[1:]))
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 0.095 else f"{gib * 1024:.0f} MiB"
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,12 @@ class _Room:
             if there is None or copies * each > memory.HOST_COPY_SHARE * there:
                 return False
         return self._fits(Route("folded", "host"))
+
+    def host_might(self) -> bool:
+        """Whether only the host's memory, which nobody has said, keeps the copy from being there."""
+        nodes = {where.node for where in self.placed.servers}
+        unknown = any(self.hardware.nodes[node].memory_gib is None for node in nodes)
+        return unknown and self._fits(Route("folded", "host"))
 
     def _fits(self, route: Route) -> bool:
         recipe, placed = self.recipe, self.placed
@@ -237,10 +265,15 @@ def _of_server(
         sequences=server_plan.sequences(batch, placed),
         rank=server_plan.adapter_rank(recipe, route.publish),
         clean_copy_gib=beyond,
+        copy_label=_copy_label(route),
         tensor_parallel=len(placed.servers[0].gpus),
         four_bit=recipe.own.server_base == "vllm_4bit",
         reserve_gib=reserve_gib,
     )
+
+
+def _copy_label(route: Route) -> str:
+    return memory.COPY_ON_HOST if route.clean_copy == "host" else memory.COPY_ON_GPU
 
 
 def _share_alone(recipe: Recipe, least: Need, card: float, route: Route) -> float:
@@ -284,6 +317,30 @@ def _unseen(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | 
     return Budget(given, _trainer_limit(recipe, left))
 
 
+def _unchecked(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | None) -> str | None:
+    """Why nothing says whether it fits; None where there is no GPU to fill, or the model is too small to fill one."""
+    if not placed.trains_on_gpus or recipe.model == TINY_MODEL:
+        return None
+    if recipe.own.method != "grpo":
+        return "it is not estimated for a cold start"
+    if not card:
+        return "the GPU does not say how much it has"
+    if model is None:
+        revision = recipe["model_revision"]
+        words = f"{recipe.model} config.json" + (f" --revision {revision}" if revision not in (None, "main") else "")
+        return f"{recipe.model}'s config.json is not here: hf download {words}"
+    return f"the weights of a model of type {model.family} are not counted here"
+
+
+def _tight(who: str, needed: float, room: float, remedy: str) -> str:
+    """Of what is near the room that there is, or beyond it by less than an estimate is good to."""
+    needs = "need" if " and " in who else "needs"
+    if needed <= room:
+        return f"close: {who} {needs} {needed:.1f} of {room:.1f} GiB; {remedy}"
+    tried = "it is tried, since the estimate is good to a tenth or so"
+    return f"over: {who} {needs} {needed:.1f} of {room:.1f} GiB; {tried}; if it fails: {remedy}"
+
+
 def _of_trainer(recipe: Recipe, hardware: Hardware, placed: Placement, train: Need, card: float) -> Budget:
     """The trainer on GPUs of its own, with vLLM inside it where TRL's colocate mode is asked for."""
     if recipe.uses_vllm and not recipe.dedicated_server:
@@ -291,9 +348,9 @@ def _of_trainer(recipe: Recipe, hardware: Hardware, placed: Placement, train: Ne
     room = memory.USABLE * card
     if train.total > memory.CLEARLY * room:
         why = f"the trainer needs {train.total:.1f} GiB of a GPU ({train.text()}), {room:.1f} are there"
-        raise recipe.fault("per_device_train_batch_size", why, _smaller(recipe))
+        raise recipe.fault(_pass_key(recipe), why, _smaller(recipe))
     close = train.total > memory.CLOSE * room
-    reasons = (f"close: the trainer needs {train.total:.1f} of {room:.1f} GiB; {_smaller(recipe)}",) if close else ()
+    reasons = (_tight("the trainer", train.total, room, _smaller(recipe)),) if close else ()
     lines = (
         f"{where} ({card:g}): trainer {train.total:.1f}: {train.text()}"
         for where in _gpu_texts(hardware, placed, placed.trainers)
@@ -348,14 +405,14 @@ def _on_shared_gpu(recipe: Recipe, least: Need, most: Need, train: Need, card: f
             f"      server   {least.total:5.1f} = {least.text()}\n"
             f"      trainer  {train.total:5.1f} = {train.text()}"
         )
-        key = "gpu_memory_limit" if limit is not None else "per_device_train_batch_size"
+        key = "gpu_memory_limit" if limit is not None else _pass_key(recipe)
         asleep = not sleep and memory.least_needed(least, train, sleep=True) <= memory.CLOSE * room
         also = "vllm_enable_sleep_mode: true, " if asleep else ""
         raise recipe.fault(key, why, f"{also}{_smaller(recipe)}; or server_gpus of their own")
     chosen = memory.share(least, most, train, card_gib=card, available_gib=room, sleep=sleep)
     reasons = []
     if needed > memory.CLOSE * room:
-        reasons.append(f"close: server and trainer need {needed:.1f} of {room:.1f} GiB; {_smaller(recipe)}")
+        reasons.append(_tight("server and trainer", needed, room, _smaller(recipe)))
     short = chosen.server_gib < most.total - 0.05
     if sleep:
         reasons.append("the server sleeps while the trainer works: vllm_enable_sleep_mode is true")
@@ -387,6 +444,11 @@ def _trainer_limit(recipe: Recipe, left_gib: float) -> float:
         why = f"the server takes all of it, {-limit:.1f} GiB are missing before the trainer has any"
         raise recipe.fault("gpu_memory_limit", why, "raise it, or lower vllm_gpu_memory_utilization")
     return limit
+
+
+def _pass_key(recipe: Recipe) -> str:
+    """The key that says how large a pass is."""
+    return "per_device_train_batch_size" if recipe.own.micro_batch_tokens is None else "micro_batch_tokens"
 
 
 def _smaller(recipe: Recipe) -> str:

@@ -122,14 +122,15 @@ def _lead_or_serve(
             console.print(planned.render(), end="", markup=False, soft_wrap=True)
             _print_notes(selection, findings, console)
             data = _counts(selection)
-            console.print(f"Checked: recipe, plan, {data}. Dry run: nothing was started or written.", soft_wrap=True)
+            seen = f"recipe, {_plan_checked(planned)}, {data}"
+            console.print(f"Checked: {seen}. Dry run: nothing was started or written.", soft_wrap=True)
             return 0
         if arguments.hardware:
             errors.print("error: --hardware describes a machine that this one is not: it goes with --dry-run")
             return 2
         _print_notes(selection, findings, console)
         if arguments.check:
-            return _preflight_only(recipe, console)
+            return _preflight_only(planned, console)
         notice.interrupts = False  # from here on there is a folder that says how the run ends
         with _signals_held():
             try:
@@ -367,10 +368,15 @@ def _check_golds(recipe: Recipe, selection: "Selection | None") -> "list[Finding
     return golds.required(selection, recipe)
 
 
-def _preflight_only(recipe: Recipe, console: "Console") -> int:
+def _plan_checked(planned: "Plan") -> str:
+    return "plan (not memory)" if planned.memory_unchecked else "plan"
+
+
+def _preflight_only(planned: "Plan", console: "Console") -> int:
     """What --check looks at besides the data: prompts, and rollouts where a server is up."""
     import subprocess
 
+    recipe = planned.recipe
     command = [sys.executable, "-m", "r1zero.preflight", "--config", str(recipe.path), *recipe.overrides]
     if recipe.own.method == "grpo":
         looks = [[]] if recipe.running_server is None else [[], ["--server", recipe.running_server]]
@@ -385,7 +391,8 @@ def _preflight_only(recipe: Recipe, console: "Console") -> int:
                 "with its own server looks at them before it trains",
                 soft_wrap=True,
             )
-    console.print("Checked: recipe, plan, data, golds, prompts. Nothing was started or written.", soft_wrap=True)
+    seen = f"recipe, {_plan_checked(planned)}, data, golds, prompts"
+    console.print(f"Checked: {seen}. Nothing was started or written.", soft_wrap=True)
     return 0
 
 

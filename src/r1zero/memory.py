@@ -27,6 +27,7 @@ SERVER_LOGIT_BYTES = 12  # of one sequence and one word: logits, log-probabiliti
 ADAPTER_SLOTS = 2  # the version in use and the next one
 # What folding takes besides the clean copy: 2^24 weights and their sum in fp32, A and B, and what the allocator adds.
 FOLDING_GIB = 0.25
+COPY_ON_GPU, COPY_ON_HOST = "clean copy and workspace", "workspace of the copy in host memory"  # of what folds
 HOST_COPY_SHARE = 0.25  # of a host's memory that the plan gives to clean copies: the trainer loads its model there too
 DEFAULT_SEQUENCES = 256  # vLLM's max_num_seqs
 BF16, FP32 = 2, 4
@@ -84,6 +85,7 @@ def server(
     sequences: int,
     rank: int | None = None,
     clean_copy_gib: float = 0.0,
+    copy_label: str = COPY_ON_GPU,
     tensor_parallel: int = 1,
     four_bit: bool = False,
     reserve_gib: float = 0.0,
@@ -97,6 +99,7 @@ def server(
         sequences: that it may generate at once (``--max-num-seqs``), each with a row of logits.
         rank: of the adapter slots; None where it serves no adapter.
         clean_copy_gib: beyond its share, where it folds adapters.
+        copy_label: what that is called.
         tensor_parallel: GPUs that share the model.
         four_bit: whether it holds the projections in vLLM's own 4 bits.
         reserve_gib: workspace beyond what was measured.
@@ -112,7 +115,7 @@ def server(
             ("workspace", SERVER_WORKSPACE_GIB + logits / GIB + reserve_gib),
             ("KV cache", kv_cache / tensor_parallel / GIB),
             ("CUDA graphs and context", SERVER_BEYOND_SHARE_GIB),
-            ("clean copy", clean_copy_gib),
+            (copy_label, clean_copy_gib),
         ),
         resting=SERVER_BEYOND_SHARE_GIB + clean_copy_gib,
     )

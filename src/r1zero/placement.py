@@ -67,6 +67,15 @@ class Placement:
         return all(each.node == 0 for each in (*self.servers, *self.trainers))
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """A number with its noun.
+
+    >>> counted(1, "process", "processes"), counted(3, "GPU")
+    ('1 process', '3 GPUs')
+    """
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 def place(recipe: Recipe, hardware: Hardware) -> Placement:
     """Servers and trainer on `hardware`.
 
@@ -76,9 +85,11 @@ def place(recipe: Recipe, hardware: Hardware) -> Placement:
     own, nodes = recipe.own, len(hardware.nodes)
     here, reasons = hardware.gpus_per_node, []
     if here < max(len(node.gpus) for node in hardware.nodes):
-        reasons.append(f"{here} GPU(s) of each node are used, as many as the smallest one has")
+        reasons.append(f"of each node {counted(here, 'GPU')} can be used: the smallest one has no more")
     if hardware.torch_cpu_only and here:
-        reasons.append(f"{here} GPU(s) are here, but the installed torch is a CPU build, so none is used")
+        reasons.append(
+            f"no GPU is used of {here} that {'is' if here == 1 else 'are'} here: the installed torch is a CPU build"
+        )
         here = 0
     if here == 0 or (own.trainer_gpus == 0 and not recipe.launches_server):
         return _on_cpus(recipe, hardware, here, reasons)
@@ -109,7 +120,8 @@ def _on_cpus(recipe: Recipe, hardware: Hardware, here: int, reasons: list[str]) 
         raise recipe.fault("use_vllm", why, "use_vllm: false generates with transformers, on a CPU too")
     trainer_nodes = nodes - 1 if servers and nodes > 1 else nodes
     if trainer_nodes * each > 1:
-        reasons.append(f"trainer on CPUs: {each} process(es) on each of {trainer_nodes} node(s), cpu_processes says so")
+        where = f" on each of {trainer_nodes} nodes" if trainer_nodes > 1 else ""
+        reasons.append(f"trainer on CPUs: {counted(each, 'process', 'processes')}{where}, cpu_processes says so")
     if recipe.own.method == "grpo" and not recipe.uses_vllm:
         reasons.append("completions are generated inside the trainer: use_vllm is false")
     if here:
@@ -142,17 +154,21 @@ def _on_one_node(recipe: Recipe, here: int, reasons: list[str]) -> Placement:
         if server == 0:
             return _on_one_gpu(recipe, here, reasons)
     trainer = own.trainer_gpus if own.trainer_gpus is not None else here - server
-    wanted = f"server {server} + trainer {trainer} = {server + trainer} GPUs, {here} here"
+    wanted = f"server {server} + trainer {trainer} = {counted(server + trainer, 'GPU')}, {here} here"
+    if own.trainer_gpus is None and server >= here:
+        wanted = f"servers take {counted(server, 'GPU')}, {here} here"
+    # Where the recipe leaves server_gpus open, it is one server, as large as this says.
+    servers_key = "vllm_tensor_parallel_size" if own.server_gpus is None and each > 1 else "server_gpus"
     if server + trainer > here:
-        key = "trainer_gpus" if own.trainer_gpus else "server_gpus"
-        raise recipe.fault(key, wanted, "lower server_gpus or trainer_gpus, or run on a larger machine")
+        key = "trainer_gpus" if own.trainer_gpus and servers_key == "server_gpus" else servers_key
+        raise recipe.fault(key, wanted, f"lower {servers_key} or trainer_gpus, or run on a larger machine")
     if server % each:
         why = f"is not a multiple of vllm_tensor_parallel_size, {each} GPUs for each server"
         raise recipe.fault("server_gpus", why, f"use {max(1, round(server / each)) * each}, or change the latter")
     if trainer < 1:
-        key = "trainer_gpus" if own.trainer_gpus is not None else "server_gpus"
+        key = "trainer_gpus" if own.trainer_gpus is not None else servers_key
         why = f"{wanted}: nothing is left for the trainer"
-        raise recipe.fault(key, why, "lower server_gpus; 0 lets server and trainer share one GPU")
+        raise recipe.fault(key, why, f"lower {servers_key}; server_gpus: 0 lets server and trainer share one GPU")
     if own.trainer_gpus is None and trainer > 1:
         reasons.append(f"trainer on {trainer} GPUs: all that are here{' but the servers’' if server else ''}")
     reasons += _generation_reasons(recipe, server, each)
@@ -239,7 +255,8 @@ def _trainer_share(recipe: Recipe, nodes: int, left: int, server: int, here: int
         why = "the trainer needs a GPU beside a policy server that has some"
     else:
         why = (
-            f"{nodes} node(s) have {left} GPUs each for the trainer, and {wanted} are not equally many on some of them"
+            f"there are {counted(left, 'GPU')} on each of {counted(nodes, 'node')} for the trainer, and {wanted} are "
+            "not equally many on some of them"
         )
     raise recipe.fault("trainer_gpus", why, f"use {_nearest(wanted, usable)}, or leave it out for all {nodes * left}")
 

@@ -82,6 +82,7 @@ class Plan:
         accelerate_config: the file they are given.
         batch: the arithmetic of a step.
         memory: what is expected on each GPU, one line for a person each; empty where nothing is known.
+        memory_unchecked: why nothing says whether it fits; None where that was looked at, or there is no GPU.
         by_hand: shell lines that do the same without the launcher.
         reasons: why the plan is as it is, where the recipe left it open.
     """
@@ -100,6 +101,7 @@ class Plan:
     accelerate_config: Path
     batch: Batch
     memory: tuple[str, ...]
+    memory_unchecked: str | None
     by_hand: tuple[str, ...]
     reasons: tuple[str, ...]
 
@@ -175,8 +177,16 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
         accelerate_config=config.path,
         batch=steps,
         memory=gives.lines,
+        memory_unchecked=gives.unchecked,
         by_hand=_by_hand(recipe, hardware, preparations, servers, trainers, settings),
-        reasons=(*placed.reasons, *route.reasons, *gives.reasons, why_config, *why_timeout),
+        reasons=(
+            *placed.reasons,
+            *route.reasons,
+            *gives.reasons,
+            *server_plan.warnings(recipe),
+            why_config,
+            *why_timeout,
+        ),
     )
 
 

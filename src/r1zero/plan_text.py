@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from r1zero import budget
+from r1zero.placement import counted
 
 if TYPE_CHECKING:
+    from r1zero.batch import Batch
     from r1zero.plan import Plan, Process
 
 WIDTH = 110
@@ -33,7 +35,8 @@ def render(plan: "Plan") -> str:
     console.print(f"Hardware: {_hardware(plan)}", soft_wrap=True)
     console.print(_table(plan))
 
-    arithmetic = f"{batch.per_device} per device x {batch.processes} process(es) x {batch.accumulation} accumulation"
+    processes = counted(batch.processes, "process", "processes")
+    arithmetic = f"{batch.per_device} per device x {processes} x {batch.accumulation} accumulation"
     if recipe.own.method == "grpo":
         console.print(
             f"Optimizer step: {arithmetic} = {batch.samples_per_step} completions "
@@ -43,24 +46,26 @@ def render(plan: "Plan") -> str:
         if recipe.own.micro_batch_tokens is not None:
             console.print(
                 f"Packed: those of a step in micro-batches of up to {recipe.own.micro_batch_tokens} tokens, without "
-                f"padding, equally many for each of {batch.processes} process(es)",
+                f"padding, equally many for each of {processes}",
                 soft_wrap=True,
             )
         console.print(
-            f"Generation: {batch.completions_per_generation} completions at a time, each learned from "
-            f"{batch.iterations} time(s), at most {recipe['max_completion_length']} tokens each",
+            f"Generation: {batch.completions_per_generation} completions at a time = {_steps(batch)}, each learned "
+            f"from {counted(batch.iterations, 'time')}, at most {recipe['max_completion_length']} tokens each",
             soft_wrap=True,
         )
         if recipe.own.max_staleness:
             console.print(f"Overlap: {_overlap(plan)}", soft_wrap=True)
     else:
         console.print(f"Optimizer step: {arithmetic} = {batch.samples_per_step} worked solutions")
-    steps = f"{recipe['max_steps']} steps" if recipe["max_steps"] > 0 else f"{recipe['num_train_epochs']:g} epoch(s)"
-    console.print(f"Length: {steps}")
+    epochs = f"{recipe['num_train_epochs']:g} epoch{'' if recipe['num_train_epochs'] == 1 else 's'}"
+    console.print(f"Length: {counted(recipe['max_steps'], 'step') if recipe['max_steps'] > 0 else epochs}")
     if plan.memory:
         console.print("Memory: expected on each GPU, GiB")
     for line in plan.memory:
         console.print(f"  {line}", soft_wrap=True)
+    if plan.memory_unchecked:
+        console.print(f"Memory: NOT checked, {plan.memory_unchecked}", soft_wrap=True)
     for reason in plan.reasons:
         console.print(f"Because: {reason}", soft_wrap=True)
     console.print(f"Everything goes to {plan.run_folder}", soft_wrap=True)
@@ -79,6 +84,12 @@ def shell(argv: Sequence[str], gpus: Sequence[int], env: Sequence[tuple[str, str
         variables.insert(0, f"CUDA_VISIBLE_DEVICES={_list(gpus)}")
     words = ["python" if word == sys.executable else word for word in argv]
     return " ".join([*variables, shlex.join(words)])
+
+
+def _steps(batch: "Batch") -> str:
+    """The optimizer steps that one round of generation feeds."""
+    steps = batch.steps_per_generation * batch.iterations / batch.accumulation
+    return f"{steps:g} optimizer step{'' if steps == 1 else 's'}"
 
 
 def _overlap(plan: "Plan") -> str:
@@ -122,7 +133,7 @@ def _what(plan: "Plan", process: "Process") -> str:
     if process.name in WHAT:
         return WHAT[process.name]
     machines = len(plan.trainers)
-    count = f"{plan.trainer_processes} process(es)"
+    count = counted(plan.trainer_processes, "process", "processes")
     if machines > 1:
         count = f"{plan.trainer_processes // machines} of {count}"
     return f"{count}, accelerate {plan.accelerate_config.stem}"

@@ -8,6 +8,7 @@ keys are the fields of `OwnKeys`: their one documentation is the help text besid
 import copy
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +56,8 @@ UNPACKABLE = {
     "use_liger_kernel": "its kernels were not compared with packed rows",
     "router_aux_loss_coef": "the load of experts is balanced over the tokens of a pass",
 }
+# How the name of a model or dataset begins that is no hub id: runs/ is where this project lays models down.
+PATH_STARTS = (".", "/", "~", "runs/")
 PACKABLE_ATTENTION = (None, "sdpa", "flash_attention_2", "flash_attention_3")
 # What people type for it elsewhere, where the spelling alone would not lead there.
 ALIASES = {
@@ -667,7 +670,10 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
     for name in own.stop_on or ():
         if name not in alarms:
             why = "is not an alarm" if own.method == "grpo" else f"is not an alarm of method {own.method}"
-            yield Fault("stop_on", name, why, f"one of: {', '.join(alarms)}")
+            remedy = f"one of: {', '.join(alarms)}"
+            if "," in name:
+                remedy = f"several are words of their own: --stop_on {name.replace(',', ' ')}; {remedy}"
+            yield Fault("stop_on", name, why, remedy)
     if own.max_restarts < 0:
         yield Fault("max_restarts", own.max_restarts, "cannot be negative", "0 never starts them again")
     if own.probe_tolerance <= 0:
@@ -887,19 +893,27 @@ def _impossible_packing(recipe: Recipe) -> Iterable[Fault]:
         return
     if budget < 1:
         yield Fault("micro_batch_tokens", budget, "must be at least 1 token", "16384 is a start on a GPU of 80 GB")
-    remedy = "leave it out, or drop micro_batch_tokens"
+
+    def or_without(what: str) -> str:
+        """A value is named: what a base recipe gives cannot be left out."""
+        return f"set {what}, or drop micro_batch_tokens"
+
     if recipe["loss_type"] == "bnpo":
         why = "is a mean over the tokens of a pass, and micro_batch_tokens divides passes anew"
         yield Fault("loss_type", "bnpo", why, "use dapo, a mean over all tokens of a generation, or drop it")
     if recipe["top_entropy_quantile"] < 1:
         why = "which tokens have most entropy depends on the pass, and micro_batch_tokens divides passes anew"
-        yield Fault("top_entropy_quantile", recipe["top_entropy_quantile"], why, remedy)
+        yield Fault(
+            "top_entropy_quantile", recipe["top_entropy_quantile"], why, or_without("top_entropy_quantile: 1.0")
+        )
     if recipe["entropy_coef"]:
-        yield Fault("entropy_coef", recipe["entropy_coef"], UNPACKABLE["use_adaptive_entropy"], remedy)
+        why = UNPACKABLE["use_adaptive_entropy"]
+        yield Fault("entropy_coef", recipe["entropy_coef"], why, or_without("entropy_coef: 0"))
     legal = library_keys.load("grpo")
     for key, why in UNPACKABLE.items():
         if recipe.library.get(key, legal[key].default) != legal[key].default:
-            yield Fault(key, recipe[key], f"with micro_batch_tokens: {why}", remedy)
+            fine = or_without(f"{key}: {json.dumps(legal[key].default)}")
+            yield Fault(key, recipe[key], f"with micro_batch_tokens: {why}", fine)
     if recipe["attn_implementation"] not in PACKABLE_ATTENTION:
         why = "was not shown to keep packed sequences apart"
         known = ", ".join(name for name in PACKABLE_ATTENTION if name)
@@ -933,7 +947,7 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("publish", own.publish, "without use_peft there is no adapter", "use auto, or add use_peft: true")
     if own.publish in ("nccl", "shared_memory") and recipe["use_peft"]:
         why = "sends all weights, and with use_peft only those of the adapter change"
-        yield Fault("publish", own.publish, why, "use publish: adapter, or auto")
+        yield Fault("publish", own.publish, why, "use publish: folded, adapter or auto")
     if own.publish == "folded" and own.server_base == "vllm_4bit":
         why = "nothing can be added to weights that vLLM holds in 4 bits (server_base: vllm_4bit)"
         yield Fault("publish", own.publish, why, "use publish: adapter, or server_base: rounded")
@@ -946,11 +960,11 @@ def _impossible_overlap(recipe: Recipe) -> Iterable[Fault]:
     stale = recipe.own.max_staleness
     if not recipe["vllm_importance_sampling_correction"]:
         why = "what an older policy made is learned from as if the newest had made it, unless that is corrected for"
-        remedy = "drop vllm_importance_sampling_correction: false, or set it to 0"
+        remedy = "drop vllm_importance_sampling_correction: false, or max_staleness: 0"
         yield Fault("max_staleness", stale, why, remedy)
     if recipe["vllm_enable_sleep_mode"]:
         why = "the policy server would sleep while the trainer works (vllm_enable_sleep_mode), and so make nothing"
-        yield Fault("max_staleness", stale, why, "drop vllm_enable_sleep_mode, or set it to 0")
+        yield Fault("max_staleness", stale, why, "drop vllm_enable_sleep_mode, or max_staleness: 0")
 
 
 def _unservable_adapter(recipe: Recipe) -> Iterable[Fault]:
@@ -1021,4 +1035,4 @@ def _impossible_rewards(recipe: Recipe) -> Iterable[Fault]:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name.startswith(PATH_STARTS) or name.count("/") > 1

@@ -13,6 +13,8 @@ from r1zero.serving import CLEAN_COPY, FOLDED, SHARED_MEMORY
 BASE_UNKNOWN = "FOLDER-THAT-R1ZERO.QUANTIZED_BASE-PRINTS"
 MOST_SEQUENCES = 1024  # completions that a server generates at once; more would wait for each other
 ENGINES = {"nccl": "nccl", "shared_memory": SHARED_MEMORY, "folded": FOLDED}  # vLLM's weight transfer, by route
+# Between the server's own weights and the trainer's 4-bit ones (docs/log.md, "The guard, with the wrong base").
+UNROUNDED_NATS = 0.61
 SPARE_SEQUENCES = 4  # the launcher's watch and the trainer's probe ask while all others are in use
 
 
@@ -59,17 +61,21 @@ def publish_route(recipe: Recipe, placed: Placement) -> Route:
     return Route("nccl", reasons=(f"publish nccl: all weights are trained, and {apart}",))
 
 
-def can_fold(recipe: Recipe, placed: Placement, model: ModelFacts | None) -> bool:
-    """Whether a server that is started here certainly can add the recipe's adapters to its weights, memory aside.
+def may_fold(recipe: Recipe, placed: Placement) -> bool:
+    """Whether a server that is started here can add the recipe's adapters to its weights, model and memory aside.
 
     Not on a CPU: there each publish would pack all weights anew.
     """
     if not (recipe["use_peft"] and recipe.launches_server and all(each.gpus for each in placed.servers)):
         return False
-    if recipe.own.server_base == "vllm_4bit" or model is None or model.shape is None:
-        return False
     targets = recipe["lora_target_modules"] or ()
-    return all(name.rpartition(".")[2] in (*PROJECTIONS, "all-linear") for name in targets)
+    known = all(name.rpartition(".")[2] in (*PROJECTIONS, "all-linear") for name in targets)
+    return known and recipe.own.server_base != "vllm_4bit"
+
+
+def can_fold(recipe: Recipe, placed: Placement, model: ModelFacts | None) -> bool:
+    """Whether a server certainly `may_fold` the adapters of this very model."""
+    return may_fold(recipe, placed) and model is not None and model.shape is not None
 
 
 def check_model(recipe: Recipe, model: ModelFacts | None) -> None:
@@ -96,6 +102,25 @@ def check_model(recipe: Recipe, model: ModelFacts | None) -> None:
         fitting = [str(n) for n in range(1, each) if model.shape.heads % n == 0]
         why = f"the model's {model.shape.heads} attention heads cannot be divided among {each} GPUs"
         raise recipe.fault("vllm_tensor_parallel_size", why, f"use {' or '.join(fitting)}")
+
+
+def warnings(recipe: Recipe) -> tuple[str, ...]:
+    """What is possible, and will hardly go well."""
+    found = []
+    if recipe.own.server_base == "unrounded" and recipe.own.probe_tolerance <= UNROUNDED_NATS:
+        found.append(
+            "server_base unrounded: the server's weights are not the trainer's 4-bit ones, which made "
+            f"{UNROUNDED_NATS:g} nats of difference for Qwen2.5-3B; the guard stops the run above probe_tolerance "
+            f"{recipe.own.probe_tolerance:g}"
+        )
+    budget, prompt = recipe.own.micro_batch_tokens, recipe.own.max_prompt_tokens
+    completion = recipe["max_completion_length"] if recipe.own.method == "grpo" else None
+    if budget is not None and prompt is not None and completion is not None and budget < prompt + completion:
+        found.append(
+            f"micro_batch_tokens {budget} is less than one sequence may have ({prompt} prompt + {completion} "
+            f"completion = {prompt + completion} tokens): what is longer is a pass of its own"
+        )
+    return tuple(found)
 
 
 def argv(

@@ -226,6 +226,7 @@ def test_a_majority_votes_by_value() -> None:
         (["MODEL", "--benchmarks", "own"], "no run was given"),
         (["MODEL", "--benchmarks", "math500"], "holds no math500/test.jsonl; it holds gsm8k"),
         (["./nothing", "--benchmarks", "gsm8k"], "./nothing: no such folder"),
+        (["runs/nothing", "--benchmarks", "gsm8k"], "runs/nothing: no such folder"),
         (["DATA", "--benchmarks", "gsm8k"], "neither a run (no recipe.yaml) nor a model"),
         (["MODEL", "a=MODEL", "RUN", "--checkpoints", "9"], "has no checkpoint 9"),
         (["RUN", "--checkpoints", "last"], "'last' is neither a step, nor all, nor final"),

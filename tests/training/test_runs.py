@@ -228,7 +228,7 @@ def test_the_final_model_loads_and_is_not_the_one_it_began_with(by_hand: Run, mo
 def test_the_launcher_ends_well_and_closes_with_before_and_after(launched: Run) -> None:
     assert launched.done.returncode == 0, launched.done.stderr
     out = launched.done.stdout
-    assert "1 process(es), accelerate cpu" in out
+    assert "1 process, accelerate cpu" in out
     assert all(line in out for line in ("held-out accuracy at step 0", "step 1/3", "step 3/3"))
     tail = [" ".join(line.split()) for line in out.splitlines()][-9:]
     summary = read_json(launched.folder.summary)
