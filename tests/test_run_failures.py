@@ -156,13 +156,18 @@ class Launch:
         self._seen.update(found)
         return found
 
-    def find(self, word: str, but: str = "no such word") -> psutil.Process:
-        """The one process below the launcher with `word`, and without `but`, in its command."""
+    def all_with(self, word: str, but: str = "no such word") -> list[psutil.Process]:
+        """The processes below the launcher with `word`, and without `but`, in their command."""
         found = []
         for process in self.below():
             with suppress(psutil.Error):
                 if word in (line := " ".join(process.cmdline())) and but not in line:
                     found.append(process)
+        return found
+
+    def find(self, word: str, but: str = "no such word") -> psutil.Process:
+        """The one process of those."""
+        found = self.all_with(word, but)
         assert len(found) == 1, f"{word}: {found}"
         return found[0]
 
@@ -492,7 +497,7 @@ def test_a_server_that_dies_while_starting(start_with_server: Start) -> None:
 
 def test_the_trainer_is_started_beside_the_server_and_begins_once_that_is_ready(start_with_server: Start) -> None:
     launch = start_with_server(server="hang-after-health", trainer="trains")
-    launch.until(lambda: any("launch/grpo.py" in " ".join(each.cmdline()) for each in launch.below()))
+    launch.until(lambda: launch.all_with("launch/grpo.py"))
     time.sleep(2)
     assert launch.phase is None and "starting the trainer" not in launch.output
     launch.signal(SIGTERM)
