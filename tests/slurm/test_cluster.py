@@ -46,11 +46,11 @@ def test_the_script_runs_once_a_node_with_each_word_as_it_was_and_gets_the_signa
             cwd=checkout,
             more_env={"R1ZERO_PYTHON": str(tmp_path / "python"), "TOLD": str(tmp_path / "told")},
         )
-        cluster.wait(job, lambda _: told(tmp_path, 0) == 3, 60)
+        cluster.wait(job, lambda _: told(tmp_path, 0) == 3, 180)
         cluster.preempt(job)
-        cluster.wait(job, lambda each: each.state == "PENDING" and each.restarts == 1, 60)
+        cluster.wait(job, lambda each: each.state == "PENDING" and each.restarts == 1, 180)
         cluster.start_now(job)
-        cluster.wait(job, lambda each: each.state == "COMPLETED", 60)
+        cluster.wait(job, lambda each: each.state == "COMPLETED", 180)
         assert told(tmp_path, 1) == 3
         conf = cluster.environment["SLURM_CONF"]
     for file in (tmp_path / "told").glob("?-?"):
