@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from r1zero.training.correction import METRICS, CorrectedWhileLearning, ratio
 from tests.training import resuming
-from tests.training.resuming import weights
+from tests.training.resuming import as_killed_after, weights
 from tests.training.test_overlap import Served, recipe, server, shared
 
 __all__ = ["recipe", "server", "shared"]  # fixtures
@@ -85,7 +85,7 @@ def test_a_run_is_the_one_that_scores_first(
         assert passes < len(scored) - passes, "a pass less of each window"
     lines = zip(resuming.steps(ours), resuming.steps(theirs), strict=True)
     for one, other in lines:
-        assert one.keys() == other.keys() >= METRICS.keys()
+        assert one.keys() == other.keys() >= set(METRICS)
         for name, value in other.items():
             if isinstance(value, float) and not name.startswith(("publish/", "probe/")):
                 assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
@@ -93,3 +93,19 @@ def test_a_run_is_the_one_that_scores_first(
     expected, found = weights(theirs.model), weights(ours.model)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_found_is_not_lost_with_a_line_for_several_steps(
+    server: Served, recipe: Callable[..., Path], tmp_path: Path, in_process: Any
+) -> None:
+    """Three steps a line, and killed after the checkpoint of the second."""
+    written = recipe(server, max_steps=3, logging_steps=3, save_steps=2)
+    code, once, err = in_process(written, tmp_path / "once")
+    assert code == 0, err
+    (tmp_path / "again").mkdir()
+    checkpoint = as_killed_after(once, 2, tmp_path / "again")
+    code, again, err = in_process(written, tmp_path / "again", "--resume", checkpoint)
+    assert code == 0, err
+    (expected,), (found,) = resuming.steps(once), resuming.steps(again)
+    assert expected.keys() >= set(METRICS)
+    assert {name: found.get(name) for name in METRICS} == {name: expected[name] for name in METRICS}

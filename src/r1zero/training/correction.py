@@ -15,13 +15,13 @@ import torch
 from transformers import Trainer
 from trl.trainer.utils import nanmax, nanmin
 
-METRICS = {
-    "sampling/sampling_logp_difference/mean": "mean",
-    "sampling/sampling_logp_difference/max": "max",
-    "sampling/importance_sampling_ratio/min": "min",
-    "sampling/importance_sampling_ratio/mean": "mean",
-    "sampling/importance_sampling_ratio/max": "max",
-}
+METRICS = (
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max",
+)
 
 
 def ratio(
@@ -133,17 +133,17 @@ class CorrectedWhileLearning(Trainer):  # type: ignore[misc]
         difference = (trainer - sampler).abs()[here & ~sampler.isnan()]
         of_sequences = made.shape[1] == 1 and mask.shape[1] > 1
         ratios = made[here.any(dim=1)].flatten() if of_sequences else made[here]
-        for name, kind in METRICS.items():
+        for name in METRICS:
             values = difference if "difference" in name else ratios
-            self._found[name].append(_summary(values, kind))
+            self._found[name].append(_summary(values, _kind(name)))
 
-    def log(self, logs: Any, *args: Any, **kwargs: Any) -> None:
-        """As TRL, with the metrics of what was corrected since the last time. A collective."""
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Before a step is logged and saved: one value for it of each metric, as TRL has them. A collective."""
         for name, found in self._found.items() if self.corrects_while_learning else ():
             if found:
-                self._metrics["train"][name].append(self._together(found, METRICS[name]))
+                self._metrics["train"][name].append(self._together(found, _kind(name)))
                 found.clear()
-        super().log(logs, *args, **kwargs)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _together(self, found: list[torch.Tensor], kind: str) -> float:
         """One number of all passes and processes."""
@@ -152,6 +152,11 @@ class CorrectedWhileLearning(Trainer):  # type: ignore[misc]
             total, count = gathered.sum(dim=0).tolist()
             return float(total / count) if count else 0.0
         return float((nanmin if kind == "min" else nanmax)(gathered))
+
+
+def _kind(name: str) -> str:
+    """Of a metric: mean, min or max."""
+    return name.rpartition("/")[2]
 
 
 def _summary(values: torch.Tensor, kind: str) -> torch.Tensor:
