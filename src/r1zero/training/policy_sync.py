@@ -169,12 +169,10 @@ class TrainedAdapter:
         return sum(self._dtype.itemsize * _size(each) for each in parameters.values())
 
 
-class AdapterPublisher:
-    """Each version is an adapter with a name of its own, and the one before it goes once this one is there.
+class WholeAdapterPublisher:
+    """The adapter that is trained, in one piece; how the servers come to it is a subclass's matter."""
 
-    A name is never given to other weights: vLLM keys its prefix cache on the adapter's name, so nothing that was
-    computed with an older version is ever found under a newer one, and no cache needs to be reset.
-    """
+    route: str
 
     def __init__(
         self,
@@ -187,25 +185,47 @@ class AdapterPublisher:
     ) -> None:
         self._accelerator, self._client, self._timeout_s = accelerator, client, timeout_s
         self._folder = publish_folder.absolute()  # the server has a working folder of its own
-        self._adapter = TrainedAdapter(model, accelerator, dtype, HostCopy(dtype))
+        self._adapter = TrainedAdapter(model, accelerator, dtype, self._copier(dtype))
         self._version: int | None = None
 
     @property
     def adapter_name(self) -> str | None:
-        return None if self._version is None else _adapter_name(self._version)
+        return None
 
     def publish(self, version: int) -> Published:
         if version == self._version:
-            return Published(version, 0.0, 0, "adapter")  # it is served already, under the name that it would get
+            return Published(version, 0.0, 0, self.route)  # it is served already, under the name that it would get
         began = time.monotonic()
         parameters = self._adapter.parameters()
         with _gathered(list(parameters.values())):
             on_main_process(self._accelerator, lambda: self._hand_over(version, parameters, began + self._timeout_s))
         self._version = version
-        return Published(version, time.monotonic() - began, self._adapter.bytes(parameters), "adapter")
+        return Published(version, time.monotonic() - began, self._adapter.bytes(parameters), self.route)
 
     def close(self) -> None:
         pass
+
+    def _copier(self, dtype: torch.dtype) -> HostCopy:
+        """What makes the copies that are handed over."""
+        return HostCopy(dtype)
+
+    def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
+        """Make the servers sample from it."""
+        raise NotImplementedError
+
+
+class AdapterPublisher(WholeAdapterPublisher):
+    """Each version is an adapter with a name of its own, and the one before it goes once this one is there.
+
+    A name is never given to other weights: vLLM keys its prefix cache on the adapter's name, so nothing that was
+    computed with an older version is ever found under a newer one, and no cache needs to be reset.
+    """
+
+    route = "adapter"
+
+    @property
+    def adapter_name(self) -> str | None:
+        return None if self._version is None else _adapter_name(self._version)
 
     def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
         name, previous = _adapter_name(version), self.adapter_name
@@ -243,42 +263,25 @@ class AdapterPublisher:
         _post(self._client, path, body, deadline, headers)
 
 
-class FoldedPublisher:
+class FoldedPublisher(WholeAdapterPublisher):
     """An adapter that our own engine in the servers (`FOLDED`) adds to their weights, so it has no name there.
 
     What the servers' prefix caches hold was computed with other weights, so they are reset, as after all weights.
     """
 
-    adapter_name = None
+    route = "folded"
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        accelerator: Any,
-        client: PolicyClient,
-        publish_folder: Path,
-        timeout_s: float,
-        dtype: torch.dtype,
-    ) -> None:
-        self._accelerator, self._client, self._timeout_s = accelerator, client, timeout_s
-        self._file = MappedFile(publish_folder / "adapter.safetensors", dtype)
-        self._adapter = TrainedAdapter(model, accelerator, dtype, self._file)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._scaling = _scaling(self._adapter.policy)
-        self._version: int | None = None
         self._met = False
-
-    def publish(self, version: int) -> Published:
-        if version == self._version:
-            return Published(version, 0.0, 0, "folded")
-        began = time.monotonic()
-        parameters = self._adapter.parameters()
-        with _gathered(list(parameters.values())):
-            on_main_process(self._accelerator, lambda: self._hand_over(version, parameters, began + self._timeout_s))
-        self._version = version
-        return Published(version, time.monotonic() - began, self._adapter.bytes(parameters), "folded")
 
     def close(self) -> None:
         self._file.close()
+
+    def _copier(self, dtype: torch.dtype) -> HostCopy:
+        self._file = MappedFile(self._folder / "adapter.safetensors", dtype)
+        return self._file
 
     def _hand_over(self, version: int, parameters: Mapping[str, torch.nn.Parameter], deadline: float) -> None:
         if not self._met:
