@@ -126,7 +126,7 @@ def route(
         return chosen
     if not recipe.launches_server:
         return chosen
-    if not server_plan.can_fold(recipe, placed, model) or model is None or model.shape is None:
+    if not server_plan.may_fold(recipe, placed) or model is None or model.shape is None:
         if not asked:
             # The embedded model has no server; any other is downloaded by a real start.
             later = model is None and server_plan.may_fold(recipe, placed)
@@ -298,7 +298,7 @@ def _unseen(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | 
     """Where the GPU's memory or the model's shape is not known: what the recipe says, else a fixed share."""
     given = recipe.library.get("vllm_gpu_memory_utilization")
     if not placed.shared:
-        return Budget(0.9 if given is None else given)
+        return Budget(SHARE_ALONE if given is None else given)
     if not card:
         unknown = "the GPU does not say how much memory it has"
     elif model is None:
@@ -355,7 +355,7 @@ def _of_trainer(recipe: Recipe, hardware: Hardware, placed: Placement, train: Ne
         f"{where} ({card:g}): trainer {train.total:.1f}: {train.text()}"
         for where in _gpu_texts(hardware, placed, placed.trainers)
     )
-    return Budget(0.9, None, tuple(lines), reasons)
+    return Budget(SHARE_ALONE, None, tuple(lines), reasons)
 
 
 def _gpu_texts(hardware: Hardware, placed: Placement, wheres: Sequence[Allocation]) -> list[str]:

@@ -647,7 +647,7 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
     model = recipe["model_name_or_path"]
     if not model:
         yield Fault("model_name_or_path", model, "is missing", "name a hub model, a local folder, or " + TINY_MODEL)
-    elif (_looks_like_a_path(model) or Path(model).is_dir()) and not (
+    elif (looks_like_a_path(model) or Path(model).is_dir()) and not (
         Path(model).expanduser() / "config.json"
     ).is_file():
         inside = Path(model).expanduser() / "model"
@@ -836,7 +836,7 @@ def _impossible_measuring(recipe: Recipe) -> Iterable[Fault]:
 
 
 def _absent(key: str, name: str | None) -> Iterable[Fault]:
-    if name and _looks_like_a_path(name) and not rows.local(name):
+    if name and looks_like_a_path(name) and not rows.local(name):
         yield Fault(key, name, "no such file or folder", "mend the path, or give a hub id")
 
 
@@ -1034,5 +1034,5 @@ def _impossible_rewards(recipe: Recipe) -> Iterable[Fault]:
             yield Fault("reward_funcs", names, why, "leave tag_count out, or take a template with both, such as r1rl")
 
 
-def _looks_like_a_path(name: str) -> bool:
+def looks_like_a_path(name: str) -> bool:
     return name.startswith(PATH_STARTS) or name.count("/") > 1

@@ -73,11 +73,6 @@ def may_fold(recipe: Recipe, placed: Placement) -> bool:
     return known and recipe.own.server_base != "vllm_4bit"
 
 
-def can_fold(recipe: Recipe, placed: Placement, model: ModelFacts | None) -> bool:
-    """Whether a server certainly `may_fold` the adapters of this very model."""
-    return may_fold(recipe, placed) and model is not None and model.shape is not None
-
-
 def check_model(recipe: Recipe, model: ModelFacts | None) -> None:
     """What only the model's configuration tells: modules that an adapter can have, heads that GPUs can share.
 

@@ -196,7 +196,7 @@ def _of(place: str, label: str, checkpoints: str, with_base: bool) -> list[Candi
 def _of_the_hub(place: str, label: str) -> Candidate:
     from r1zero import model_facts
 
-    if place.startswith(recipes.PATH_STARTS) or place.count("/") > 1:
+    if recipes.looks_like_a_path(place):
         raise ModelError(f"{place}: no such folder; give a run folder, a model's folder or a hub id")
     try:
         model_facts.read(place, None, download=True)

@@ -2,8 +2,9 @@
 
 Written against TRL 1.16.0. Three of its methods are wrapped, `_tokenize_prompts`, `_generate_single_turn` and
 `_calculate_rewards`; the sampler of the prompts is ours; `VLLMGeneration` is replaced where a policy server is in use;
-with packing, `_get_per_token_logps_and_entropies` is, and what rounding makes of no spread is no advantage. A test
-fails when they move.
+where a window is one step, the correction of the server's log-probabilities is made while learning; with packing,
+`_get_per_token_logps_and_entropies` is ours, and what rounding makes of no spread is no advantage. A test fails when
+they move.
 """
 
 import hashlib
