@@ -37,8 +37,12 @@ demo: env
 
 # The tests against a real policy server run where there is one.
 REAL_SERVER = $(if $(wildcard $(CPU_SERVER)/.ready),R1ZERO_CPU_SERVER_PYTHON=$(abspath $(CPU_SERVER))/bin/python)
+COVERAGE = --cov --cov-append --cov-report=
 test: env
-	$(REAL_SERVER) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing:skip-covered
+	$(BIN)/coverage erase
+	$(REAL_SERVER) $(BIN)/python -m pytest -m 'not soak and not alone' -n $(WORKERS) --dist loadgroup $(COVERAGE); \
+	others=$$?; $(BIN)/python -m pytest -m 'alone and not soak' $(COVERAGE) -q && exit $$others
+	$(BIN)/coverage report --show-missing --skip-covered
 
 soak: env
 	$(REAL_SERVER) $(BIN)/python -m pytest -m soak --timeout 3600 --durations 0

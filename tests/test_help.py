@@ -27,6 +27,7 @@ def test_help_lists_every_key_of_ours() -> None:
         assert key.help.split(";")[0][:40] in text
 
 
+@pytest.mark.alone
 def test_help_is_quick() -> None:
     """The bound is the bar's, of processor time: the clock on the wall tells what else the machine is doing."""
     seconds = []

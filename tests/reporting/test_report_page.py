@@ -135,6 +135,7 @@ def page_of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report.write([one.path, other.path], at / "both.html").path
 
 
+@pytest.mark.alone
 def test_500_steps_of_512_completions_load_within_two_seconds(browser: Any, tmp_path: Path) -> None:
     folder = simulated_run.write(tmp_path / "run", steps=500, completions=512, evaluate_each=100)
     written = report.write([folder.path])

@@ -176,7 +176,8 @@ def test_a_killed_engine_is_started_again_with_its_trainer(tmp_path: Path, model
     run = carry_out(case, tmp_path, model_folder)
     assert_went_well(case, run)
     (restart,) = run.lines("restart")
-    assert restart["step"] == 1 and restart["checkpoint"].endswith("checkpoint-1")
+    # The second step's completions are few: they may be there before the engine is hit.
+    assert restart["step"] in (1, 2) and restart["checkpoint"].endswith(f"checkpoint-{restart['step']}")
 
 
 CASES = every_case()

@@ -115,6 +115,7 @@ def in_another_thread(call: Callable[[], None]) -> None:
         threads.submit(call).result()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("where", [in_this_thread, in_another_thread])
 def test_each_is_decided_in_time_and_leaves_nothing(
     where: Callable[[Callable[[], None]], None], verifier: Verifier, watch: Watch
@@ -134,6 +135,7 @@ def test_each_is_decided_in_time_and_leaves_nothing(
     verifier.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "kind",
     [
@@ -185,6 +187,7 @@ def test_many_in_a_row_leave_no_zombie(count: int, verifier: Verifier, watch: Wa
     verifier.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("answer_match", ["math", "exact"])
 @pytest.mark.parametrize("answer_format", ["boxed", "tagged"])
 def test_every_way_of_grading_lives_through_them(answer_format: str, answer_match: str, watch: Watch) -> None:
