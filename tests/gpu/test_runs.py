@@ -44,6 +44,11 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "two GPUs, ZeRO-3": (2, "nccl", {**FULL, **APART, "accelerate_config": "zero3"}),
     "three GPUs, two servers": (3, "nccl", {**FULL, "server_gpus": 2, "trainer_gpus": 1}),
     "three GPUs, ZeRO-2": (3, "nccl", {**FULL, "server_gpus": 1, "trainer_gpus": 2, "accelerate_config": "zero2"}),
+    "four GPUs, two servers, ZeRO-2": (
+        4,
+        "nccl",
+        {**FULL, "server_gpus": 2, "trainer_gpus": 2, "accelerate_config": "zero2"},
+    ),
     "three GPUs, ZeRO-3": (3, "nccl", {**FULL, "server_gpus": 1, "trainer_gpus": 2, "accelerate_config": "zero3"}),
 }
 
