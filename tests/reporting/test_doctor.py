@@ -233,6 +233,7 @@ AHEAD = {**GPU, "max_staleness": 1}
         # There is too little to overlap.
         ({}, (0.15, 0.85, 0.1), "server_bound", "server_gpus: 1 -> 2; a step then takes about 5.8 s"),
         ({}, (0.9, 0.1, 0.8), "trainer_bound", "trainer_gpus: 1 -> 2"),
+        ({"trainer_gpus": 0}, (0.9, 0.1, 0.8), "trainer_bound", "trainer_gpus: 0 -> 1 on a machine with a GPU"),
         ({"num_iterations": 2}, (0.9, 0.1, 0.8), "trainer_bound", "num_iterations: 2 -> 1: the same rollouts are "),
         ({}, (0.78, 0.22, 0.2), None, ""),  # the trainer does something else most of the time
         # The recipe would not take it, or has one GPU for both.

@@ -609,6 +609,8 @@ def _more_server(signs: Signs) -> str:
 
 
 def _more_trainer(signs: Signs) -> str:
+    if signs.key("trainer_gpus") == 0:
+        return "trainer_gpus: 0 -> 1 on a machine with a GPU"
     return f"trainer_gpus: {signs.trainer_gpus} -> {2 * signs.trainer_gpus}"
 
 
