@@ -166,6 +166,20 @@ def test_it_knows_when_each_server_had_completions_to_make() -> None:
             assert time.monotonic() < deadline
 
 
+def test_requests_at_the_same_time_are_one_interval() -> None:
+    three = threading.Barrier(3)
+
+    def together(self: Handler, request: Any) -> None:
+        three.wait(LONG_S)
+        Handler._complete(self, request)
+
+    with serving(_complete=together) as (url, _), client(url) as one:
+        for _ in range(2):
+            one.collect(one.submit([[1], [2], [3]], SAMPLING))
+        (intervals,) = one.busy()
+    assert len(intervals) == 2
+
+
 def test_looking_and_probing_are_no_completions() -> None:
     with serving() as (url, _), client(url) as one:
         one.control(url, "POST", "/anything", {})

@@ -178,6 +178,9 @@ def test_a_measurement_on_the_way_is_no_part_of_it(run_with: Callable[..., Run])
 def test_what_went_before_training_is_no_part_of_it(run_with: Callable[..., Run]) -> None:
     run = run_with()
     run.collect(run.ask(), 50)
+    with run.clock.stopped():
+        run.times.passes(1)
+    run.collect(run.ask(), 50)
     run.clock.restart()
     run.times.passes(4)
     assert run.idle() == shares(server=1, trainer=0)
