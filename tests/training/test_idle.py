@@ -190,11 +190,11 @@ def test_requests_of_other_processes_count_as_well(run_with: Callable[..., Run])
     """Their clocks may be other ones: what counts is how long before the step's end it was."""
     run = run_with(2)
     run.watch(Account(10.0, 4.0, [[(0.0, 1.0), (9.0, 12.0)], []]), Account(9.0, 9.0, [[(3.0, 5.0)], []]))
-    run.times.passes(4)
+    run.times.passes(3)
     with run.clock.phase("generate"):
-        run.collect(run.ask(), 2, 4)  # 4 to 6 and 2 to 6 seconds before the end
-    run.times.passes(2)
-    assert run.idle() == shares(server=(0.5 + 0.6) / 2, trainer=(0.4 + 0.4 + 1) / 3)
+        run.collect(run.ask(), 2, 4)  # 7 to 5 and 7 to 3 seconds before the end
+    run.times.passes(3)
+    assert run.idle() == shares(server=(0.4 + 0.6) / 2, trainer=(0.4 + 0.4 + 1) / 3)
 
 
 def test_after_a_resume_the_first_step_is_not_told(run_with: Callable[..., Run]) -> None:
