@@ -132,6 +132,62 @@ def test_threads_share_a_client() -> None:
     assert [[rollout.prompt_ids for rollout in each] for each in rounds] == [[(n,), (n + 1,)] for n in range(40)]
 
 
+# When it had requests for completions under way.
+
+
+def test_it_knows_when_each_server_had_completions_to_make() -> None:
+    """A server that took over, not the one that was gone; a round that failed or was cancelled is over, too."""
+    held, came, gone = threading.Event(), threading.Event(), f"http://127.0.0.1:{unused_port()}"
+
+    def complete(self: Handler, request: Any) -> None:
+        came.set()
+        assert held.wait(LONG_S)
+        Handler._complete(self, request)
+
+    with serving(_complete=complete) as (url, _), client(gone, url) as both:
+        began = time.perf_counter()
+        ticket = both.submit([[1]], SAMPLING)
+        assert came.wait(LONG_S)
+        ((asked, refused),), ((first, cut),) = both.busy()
+        assert began < asked < refused < first
+        held.set()
+        both.collect(ticket)
+        none, ((again, end),) = both.busy()
+        assert none == [] and first < cut == again < end < time.perf_counter()
+        assert both.busy() == [[], []]
+        held.clear()
+        came.clear()
+        cancelled = both.submit([[1], [2]], SAMPLING)
+        assert came.wait(LONG_S)
+        both.cancel(cancelled)
+        held.set()
+        deadline = time.monotonic() + LONG_S
+        while both.busy()[1]:  # the background thread comes to it
+            assert time.monotonic() < deadline
+
+
+def test_requests_at_the_same_time_are_one_interval() -> None:
+    three = threading.Barrier(3)
+
+    def together(self: Handler, request: Any) -> None:
+        three.wait(LONG_S)
+        Handler._complete(self, request)
+
+    with serving(_complete=together) as (url, _), client(url) as one:
+        for _ in range(2):
+            one.collect(one.submit([[1], [2], [3]], SAMPLING))
+        (intervals,) = one.busy()
+    assert len(intervals) == 2
+
+
+def test_looking_and_probing_are_no_completions() -> None:
+    with serving() as (url, _), client(url) as one:
+        one.control(url, "POST", "/anything", {})
+        one.prompt_logprobs([[1, 2]], timeout_s=LONG_S)
+        one.first_token(url, LONG_S)
+        assert one.busy() == [[]]
+
+
 # Which policy answered.
 
 

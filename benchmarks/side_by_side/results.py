@@ -63,12 +63,14 @@ class Step:
         phases: seconds by name, of `PHASES`.
         prompt_tokens: of all completions' prompts, each counted as often as it has completions.
         lengths: of its completions; tokens.
+        idle: share of the time by "server" and "trainer", of a side that says so itself.
     """
 
     seconds: float
     phases: dict[str, float]
     prompt_tokens: float
     lengths: list[int]
+    idle: dict[str, float] = field(default_factory=dict)
 
     @property
     def sequences(self) -> list[float]:
@@ -225,6 +227,14 @@ def table(turns: Sequence[Turn], shape: ModelShape | None, peak: float | None, c
                 lines.append(
                     f"{mine} is {found.median:.2f} ({found.least:.2f} to {found.most:.2f}) x as fast as {theirs}"
                 )
+    for name in names:
+        idle = [(step.seconds, step.idle) for turn in turns if turn.name == name for step in turn.steps if step.idle]
+        if idle:
+            whole = sum(seconds for seconds, _ in idle)
+            server, trainer = (
+                100 * sum(s * share[side] for s, share in idle) / whole for side in ("server", "trainer")
+            )
+            lines.append(f"{name} by its own clock: policy servers idle {server:.0f} %, trainer {trainer:.0f} %")
     if ceiling:
         lines.append(f"vLLM alone, offline: {Spread.of(ceiling)} completion tokens/s while it generates")
         for name in names:
@@ -282,7 +292,8 @@ def steps_of(
         line, before = lines[at], lines[at - 1]
         own = lengths[at * completions : (at + 1) * completions]
         tokens = line["num_tokens"] - before["num_tokens"]
-        steps.append(Step(line["time"] - before["time"], _phases(line), tokens - sum(own), own))
+        idle = {key.removeprefix("idle/"): value for key, value in line.items() if key.startswith("idle/")}
+        steps.append(Step(line["time"] - before["time"], _phases(line), tokens - sum(own), own, idle))
     return steps
 
 

@@ -47,6 +47,7 @@ SMALL_BYTES = 16 * 2**20  # the largest answer without completions
 BYTES_A_TOKEN = 512  # vLLM's JSON takes about 120 for a token's id, text, logprob and offset
 
 Value = TypeVar("Value")
+Interval = tuple[float, float]  # begin and end, by time.perf_counter
 
 
 class PolicyServerError(Exception):
@@ -172,6 +173,7 @@ class _Call:
     content: bytes | None
     headers: Mapping[str, str]
     most_bytes: int = SMALL_BYTES
+    generates: bool = False
 
     @property
     def route(self) -> str:
@@ -198,6 +200,39 @@ class _Prompt:
     logprobs: bool
     places: asyncio.Semaphore
     calls: tuple[_Call, ...]
+
+
+class _Generating:
+    """When one server had at least one request for completions of this client under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # requests begin and end in the background thread, others ask
+        self._requests = 0
+        self._since = 0.0
+        self._over: list[Interval] = []
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        with self._lock:
+            if not self._requests:
+                self._since = time.perf_counter()
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
+                if not self._requests:
+                    self._over.append((self._since, time.perf_counter()))
+
+    def take(self) -> list[Interval]:
+        with self._lock:
+            if self._requests:
+                now = time.perf_counter()
+                self._over.append((self._since, now))
+                self._since = now
+            taken, self._over = self._over, []
+            return taken
 
 
 class PolicyClient:
@@ -230,6 +265,7 @@ class PolicyClient:
         self._generation_timeout_s, self._control_timeout_s = generation_timeout_s, control_timeout_s
         self._turns = itertools.cycle(range(len(self.base_urls)))
         self._places = [asyncio.Semaphore(CONNECTIONS) for _ in self.base_urls]
+        self._generating = {url: _Generating() for url in self.base_urls}
         self._process = os.getpid()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -295,7 +331,7 @@ class PolicyClient:
             most_bytes = SMALL_BYTES + BYTES_A_TOKEN * count * (len(ids) + longest)
             call = _call(self.base_urls[server], "POST", COMPLETIONS, body, most_bytes=most_bytes)
             urls = itertools.islice(itertools.cycle(self.base_urls), server, server + TRIES)
-            calls = tuple(dataclasses.replace(call, url=url) for url in urls)
+            calls = tuple(dataclasses.replace(call, url=url, generates=True) for url in urls)
             asked.append(_Prompt(tuple(ids), count, model, expected_version, logprobs, self._places[server], calls))
         deadline = _Deadline.after(self._generation_timeout_s, "generation_timeout")
         return Ticket(deadline, self._begin(_all(self._generate(each, deadline) for each in asked)))
@@ -321,6 +357,14 @@ class PolicyClient:
     def cancel(self, ticket: Ticket) -> None:
         """Give a round up: its connections are closed, by which vLLM notices and stops generating."""
         ticket._future.cancel()
+
+    def busy(self) -> list[list[Interval]]:
+        """When each server had a request for completions under way, since this was last asked.
+
+        Returns:
+            For each server the intervals, in their order; one that is not over yet ends now, and the next one begins.
+        """
+        return [each.take() for each in self._generating.values()]
 
     def control(
         self,
@@ -516,16 +560,18 @@ class PolicyClient:
     async def _ask(self, call: _Call) -> _Reply:
         """One request, once."""
         session = self._pool if call.path == COMPLETIONS else self._fresh
+        noted = self._generating[call.url].request() if call.generates else contextlib.nullcontext()
         try:
-            async with session.request(
-                call.method, call.url + call.path, data=call.content, headers=call.headers, allow_redirects=False
-            ) as response:
-                content = bytearray()
-                async for piece in response.content.iter_any():
-                    content += piece
-                    if len(content) > call.most_bytes:
-                        why = f"its answer is longer than the {call.most_bytes} bytes that it could need"
-                        raise PolicyServerError(call.url, call.route, why)
+            with noted:
+                async with session.request(
+                    call.method, call.url + call.path, data=call.content, headers=call.headers, allow_redirects=False
+                ) as response:
+                    content = bytearray()
+                    async for piece in response.content.iter_any():
+                        content += piece
+                        if len(content) > call.most_bytes:
+                            why = f"its answer is longer than the {call.most_bytes} bytes that it could need"
+                            raise PolicyServerError(call.url, call.route, why)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
             raise _Unreachable(call.url, call.route, f"the connection failed ({_named(error)})") from error
         except aiohttp.ClientError as error:

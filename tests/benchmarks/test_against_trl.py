@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,10 +95,19 @@ def test_unequal_work_is_said() -> None:
     assert "NOT THE SAME WORK" in results.table([same, more], None, None)
 
 
+def test_how_idle_a_side_says_that_it_was() -> None:
+    idle = [{}, {"server": 0.2, "trainer": 0.4}, {"server": 0.4, "trainer": 0.0}]
+    steps = [replace(step(seconds), idle=each) for seconds, each in zip((9.0, 1.0, 3.0), idle, strict=True)]
+    said = results.table([Turn("r1zero", "", 0, steps), turn("trl-server", 0, 2.0)], None, None)
+    assert "r1zero by its own clock: policy servers idle 35 %, trainer 10 %" in said
+    assert said.count("by its own clock") == 1
+
+
 def test_steps_are_read_from_what_either_side_writes() -> None:
     lines = [
         {"time": 100.0, "num_tokens": 60, "seconds/generate": 9.0, "seconds/train": 1.0, "seconds/step": 10.0},
-        {"time": 103.0, "num_tokens": 120, "seconds/grade": 0.5, "seconds/train": 2.0, "seconds/probe": 0.25},
+        {"time": 103.0, "num_tokens": 120, "seconds/grade": 0.5, "seconds/train": 2.0, "seconds/probe": 0.25}
+        | {"idle/server": 0.75, "idle/trainer": 0.125},
     ]
     # Two processes, two calls each, and a call for a step that never came.
     notes = [{"time": t, "lengths": [n]} for t, n in ((1.0, 20), (1.1, 20), (2.1, 30), (2.0, 10), (3.0, 99))]
@@ -105,6 +115,7 @@ def test_steps_are_read_from_what_either_side_writes() -> None:
     assert only.seconds == 3.0
     assert only.lengths == [10, 30]
     assert only.prompt_tokens == 20
+    assert only.idle == {"server": 0.75, "trainer": 0.125}
     assert only.phases == {"generate": 0.0, "score": 0.5, "publish": 0.0, "train": 2.0, "other": 0.25}
     with pytest.raises(ValueError, match="5 completions were rewarded in 2 steps of 3"):
         results.steps_of(lines, notes, completions=3, skip=1)

@@ -116,6 +116,8 @@ def step_line(step: int, steps: int) -> dict[str, Any]:
         "seconds/grade": 0.05,
         "seconds/train": 1.9,
         "seconds/step": STEP_S,
+        "idle/server": 1 - (1.8 + jitter) / STEP_S,
+        "idle/trainer": (1.8 + jitter) / STEP_S,
         "memory/peak_gib": 43.0,
         "seconds_left": STEP_S * (steps - step),
     }

@@ -211,6 +211,97 @@ def test_a_server_that_is_ahead() -> None:
     assert names(Signs({**keys, "max_staleness": 0}, apart)) == ["logprob_mismatch"]
 
 
+def idling(server: float, trainer: float, train: float, generated: str = "generate") -> list[Mapping[str, Any]]:
+    """Steps of ten seconds, of which these shares."""
+    seconds = {"seconds/step": 10.0, "seconds/train": 10 * train, f"seconds/{generated}": 10 * trainer}
+    # The trainer has waited for the first window at least.
+    return steps_of(**{"seconds/generate": 0.1} | seconds | {"idle/server": server, "idle/trainer": trainer})
+
+
+OVERLAP = "max_staleness: 0 -> 1, with which both work at once and a step takes about "
+AHEAD = {**GPU, "max_staleness": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "idle", "name", "remedy"),
+    [
+        # By turns: what costs no GPU is first, and the slower side gets the next one.
+        ({}, (0.55, 0.45, 0.4), "server_bound", f"{OVERLAP}6.0 s (docs/overlap.md); then server_gpus: 1 -> 2"),
+        ({"server_gpus": 2}, (0.4, 0.6, 0.3), "server_bound", f"{OVERLAP}7.0 s (docs/overlap.md); then server_gpus: 2"),
+        ({}, (0.65, 0.35, 0.6), "trainer_bound", f"{OVERLAP}6.5 s (docs/overlap.md); then trainer_gpus: 1 -> 2"),
+        ({"num_iterations": 2}, (0.65, 0.35, 0.6), "trainer_bound", f"{OVERLAP}6.5 s (docs/overlap.md); then num_iter"),
+        # There is too little to overlap.
+        ({}, (0.15, 0.85, 0.1), "server_bound", "server_gpus: 1 -> 2; a step then takes about 5.8 s"),
+        ({}, (0.9, 0.1, 0.8), "trainer_bound", "trainer_gpus: 1 -> 2"),
+        ({"trainer_gpus": 0}, (0.9, 0.1, 0.8), "trainer_bound", "trainer_gpus: 0 -> 1 on a machine with a GPU"),
+        ({"num_iterations": 2}, (0.9, 0.1, 0.8), "trainer_bound", "num_iterations: 2 -> 1: the same rollouts are "),
+        ({}, (0.78, 0.22, 0.2), None, ""),  # the trainer does something else most of the time
+        # The recipe would not take it, or has one GPU for both.
+        ({"vllm_importance_sampling_correction": False}, (0.5, 0.5, 0.4), None, ""),
+        ({"vllm_enable_sleep_mode": True}, (0.5, 0.5, 0.4), None, ""),
+        ({"server_gpus": 0}, (0.5, 0.5, 0.4), None, ""),
+        ({"server_gpus": 0}, (0.2, 0.8, 0.15), "server_bound", "server_gpus: 1 or more on a machine with another GPU"),
+        # Servers that somebody else has started.
+        ({"vllm_server_base_url": "http://a"}, (0.5, 0.5, 0.4), None, ""),
+        (
+            {"vllm_server_base_url": "http://a"},
+            (0.1, 0.9, 0.1),
+            "server_bound",
+            "vllm_server_base_url: add the address",
+        ),
+    ],
+)
+def test_of_two_that_take_turns(keys: dict[str, Any], idle: tuple[float, ...], name: str | None, remedy: str) -> None:
+    found = doctor.examine(Signs({**GPU, "gradient_checkpointing": False, **keys}, idling(*idle), gpus=["H200"] * 2))
+    assert [each.name for each in found] == [name] * (name is not None)
+    for each in found:
+        assert each.remedy.startswith(remedy)
+        assert (
+            f"of 10.0 s a step the policy server is idle for {100 * idle[0]:.0f} %, the trainer for " in each.evidence
+        )
+
+
+def test_a_server_of_somebody_elses_is_beside_a_trainer_that_has_a_gpu() -> None:
+    lines = [{**line, "memory/total_gib": 80.0} for line in idling(0.5, 0.5, 0.4)]
+    (found,) = doctor.examine(Signs({**GPU, "vllm_server_base_url": "http://a"}, lines))
+    assert found.remedy.startswith(OVERLAP) and found.remedy.endswith(
+        "; then vllm_server_base_url: add the address of another server"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "idle", "name", "remedy"),
+    [
+        # The server does for 9 s what twice as many do in 4.5; then the trainer, which waited for 4, is the slower one.
+        ({}, (0.1, 0.4, 0.5), "server_bound", "server_gpus: 1 -> 2; a step then takes about 6.0 s"),
+        ({"server_gpus": 4}, (0.4, 0.4, 0.3), "server_bound", "server_gpus: 4 -> 8; a step then takes about 7.0 s"),
+        ({}, (0.4, 0.02, 0.8), "trainer_bound", "trainer_gpus: 1 -> 2"),
+        ({"num_iterations": 2}, (0.4, 0.02, 0.8), "trainer_bound", "num_iterations: 2 -> 1: the same rollouts are "),
+        ({}, (0.2, 0.05, 0.8), None, ""),
+        ({}, (0.3, 0.15, 0.6), None, ""),  # a quicker trainer would only wait longer
+        ({}, (0.5, 0.0, 0.4), None, ""),  # publishing or grading takes the time
+    ],
+)
+def test_of_two_that_work_at_once(keys: dict[str, Any], idle: tuple[float, ...], name: str | None, remedy: str) -> None:
+    ahead = {**AHEAD, "gradient_checkpointing": False, **keys}
+    found = doctor.examine(Signs(ahead, idling(*idle, "wait"), gpus=["H200"] * 2))
+    assert [each.name for each in found] == [name] * (name is not None)
+    assert all(each.remedy.startswith(remedy) for each in found)
+    for each in found:
+        assert ("trainer_gpus: 1 -> 2" in each.remedy) == (name == "trainer_bound")
+
+
+def test_idle_shares_are_weighed_by_the_time_of_their_steps_the_newer_ones() -> None:
+    old = steps_of(30, **{"seconds/step": 99.0, "seconds/wait": 0.0, "idle/server": 0.1, "idle/trainer": 0.0})
+    new = [
+        {"step": 31 + at, "seconds/step": seconds, "idle/server": 0.0, "idle/trainer": share}
+        for at in range(15)
+        for seconds, share in ((9.0, 0.4), (1.0, 0.9))
+    ]
+    (found,) = doctor.examine(Signs({**AHEAD, "server_gpus": 1}, [*old, *new]))
+    assert "the policy server is idle for 0 %, the trainer for 45 %" in found.evidence
+
+
 def test_a_guard_that_takes_longer_than_the_publish() -> None:
     times = {"seconds/publish": 0.1, "seconds/probe": 0.3, "seconds/generate": 0.3, "seconds/step": 1.0}
     found = doctor.examine(Signs(GPU, steps_of(**times)))

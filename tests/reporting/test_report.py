@@ -101,9 +101,15 @@ def test_every_curve_that_is_asked_for(tmp_path: Path) -> None:
         *("Reward", "Reward by source", "Verdicts", "Completion length", "Cut off at max_completion_length", "Entropy"),
         *("KL to the reference model", "Gradient norm", "Learning rate", "Groups without reward spread"),
         *("Held-out accuracy, 95 % intervals", "Probe: server against trainer", "Seconds of a step, by phase"),
-        *("Tokens a second", "GPU memory of the trainer"),
+        *("Idle: policy servers and trainer", "Tokens a second", "GPU memory of the trainer"),
     ):
         assert wanted in shown
+
+
+def test_how_idle_either_side_was(tmp_path: Path) -> None:
+    page = report.write([simulated_run.write(tmp_path / "run", steps=4).path]).path
+    tiles = {each["question"]: each["answers"] for each in contents(page)["runs"][0]["tiles"]}
+    assert "policy server idle 55 %, trainer 45 %" in tiles["Where does the time go?"]
 
 
 def test_each_curve_says_what_it_shows(tmp_path: Path) -> None:

@@ -180,4 +180,4 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     times = ("time", "step_time", "seconds", "seconds_left", "tokens_per_second")
-    return {k: v for k, v in metrics.items() if k not in times and not k.startswith("seconds/")}
+    return {k: v for k, v in metrics.items() if k not in times and not k.startswith(("seconds/", "idle/"))}

@@ -3,6 +3,7 @@ server that draws the same for the same weights, prompts and seeds (`stand_ins/s
 """
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -171,6 +173,34 @@ def rounds(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((each for each in calls if "n" in each), key=lambda each: float(each["came"]))
 
 
+def told_idle(folder: RunFolder) -> list[tuple[int, float, float]]:
+    """Of each step that says so, how idle server and trainer were."""
+    lines = [line for line in folder.read_metrics() if line["kind"] == "step" and "idle/server" in line]
+    return [(line["step"], line["idle/server"], line["idle/trainer"]) for line in lines]
+
+
+def seen_idle(folder: RunFolder, *calls: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    """The same of each step but the first, by what each server wrote down and by the trainer's phases."""
+    lines = [line for line in folder.read_metrics() if line["kind"] == "step"]
+    found = []
+    for before, line in itertools.pairwise(lines):
+        begin, end, idle = before["time"], line["time"], []
+        for asked in map(rounds, calls):
+            busy, reached = 0.0, begin
+            for each in asked:
+                came, done = max(each["came"], reached), min(each["done"], end)
+                busy, reached = busy + max(0.0, done - came), max(reached, done)
+            idle.append(1 - busy / (end - begin))
+        waited = line.get("seconds/wait", 0.0) + line.get("seconds/generate", 0.0)
+        found.append((line["step"], sum(idle) / len(idle), waited / line["seconds/step"]))
+    return found
+
+
+def is_told(folder: RunFolder, *calls: list[dict[str, Any]]) -> bool:
+    told, seen = told_idle(folder)[1:], seen_idle(folder, *calls)
+    return bool(seen) and np.allclose(told, seen, atol=0.15)
+
+
 def test_each_window_is_made_by_the_policy_of_the_one_before(overlapped: tuple[RunFolder, Any]) -> None:
     folder, _ = overlapped
     assert labels(folder) == LABELS
@@ -190,6 +220,12 @@ def test_the_next_window_is_asked_for_before_the_step_ends_and_nothing_for_the_l
     for line in lines[:-1]:
         assert max(each["came"] for each in asked[2 * line["step"] : 2 * line["step"] + 2]) < line["time"]
     assert all(line["seconds/wait"] > 0 and "seconds/generate" not in line for line in lines[1:])
+
+
+def test_each_step_says_how_idle_either_side_was(overlapped: tuple[RunFolder, list[dict[str, Any]]]) -> None:
+    folder, calls = overlapped
+    assert len(told_idle(folder)) == 6 and is_told(folder, calls)
+    assert told_idle(folder)[0][2] > 0.1, "the first window has to be waited for"
 
 
 def test_nothing_is_under_way_while_weights_are_published(
@@ -219,6 +255,7 @@ def test_without_it_they_take_turns(server: Served, recipe: Callable[..., Path],
     for line in lines[:-1]:
         assert min(each["came"] for each in asked[2 * line["step"] : 2 * line["step"] + 2]) > line["time"]
     assert [each["version"] for each in asked] == [0, 0, 1, 1, 2, 2]
+    assert is_told(folder, server.calls[before:])
 
 
 # --- as if it had never stopped
@@ -259,6 +296,7 @@ def test_a_run_that_is_measured_on_the_way_learns_the_same(
     code, again, err = in_process(recipe(server, **words), tmp_path / "again", "--resume", checkpoint)
     assert code == 0, err
     assert_same_run(folder, again)
+    assert [step for step, _, _ in told_idle(again)] == [1, 2, 3, 4, 6], "not of the step that was resumed at"
 
 
 def test_windows_of_several_steps_and_an_adapter(
@@ -304,6 +342,7 @@ def test_several_processes_and_servers(
         made = recipe(server, other, way=way, max_steps=4)
         folder = run(way, made, tmp_path / "run")
         assert labels(folder) == LABELS[:4]
+        assert is_told(folder, server.calls[before:], other.calls)
         for calls in (server.calls[before:], other.calls):
             assert rounds(calls) and not [each for each in calls if "n" not in each and each["under_way"]]
         (tmp_path / "again").mkdir()

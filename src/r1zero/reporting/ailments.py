@@ -43,6 +43,8 @@ PUBLISH_SHARE = 0.25  # of a step; healthy runs: 0.03 (one GPU) to 0.1
 GRADING_SHARE = 0.25  # of a step; 512 completions took 0.02 of it
 GENERATING_SHARE = 0.75  # of a step; two H200 at work: 0.42 with full fine-tuning, 0.52 with an adapter
 TRAINING_SHARE = 0.9  # of a step: completions are next to free; the tiny recipe, all in one process, has up to 0.8
+MANY_IDLE = 0.25  # of a step: as much as publishing and grading may take; more work at once saves that at most
+BUSY = 0.1  # a side that is idle for less of a step is the one that the other waits for
 MEMORY_SHARE = 0.5  # of the GPU at the peak: twice the batch would fit
 SMALL_GAIN = 0.05  # of the held-out problems: what an evaluation should be able to show
 TINY_GAIN = 0.01  # less is not worth the evaluation that would show it
@@ -111,17 +113,54 @@ class Signs:
 
     def share_of_step(self, *phases: str) -> float | None:
         """The part of the time of the later half of the steps that went into these phases; None without any."""
-        lines = [line for line in self.steps if _is_finite(line.get("seconds/step"))]
-        lines = lines[-max(RECENT, len(lines) // 2) :]  # completions that serve several steps are in the first of them
+        lines = self._later_half("seconds/step")
         parts = [[line.get(f"seconds/{phase}") or 0.0 for line in lines] for phase in phases]
         if len(lines) < RECENT or not all(map(any, parts)):
             return None
         return float(sum(map(sum, parts)) / sum(line["seconds/step"] for line in lines))
 
+    def idle(self) -> tuple[float, float] | None:
+        """The part of the time of the later half of the steps in which server and trainer were idle, where known."""
+        lines = self._later_half("seconds/step", "idle/server", "idle/trainer")
+        if len(lines) < RECENT:
+            return None
+        seconds = sum(line["seconds/step"] for line in lines)
+        server, trainer = (
+            sum(line[f"idle/{side}"] * line["seconds/step"] for line in lines) / seconds
+            for side in ("server", "trainer")
+        )
+        return server, trainer
+
+    def _later_half(self, *names: str) -> list[Mapping[str, Any]]:
+        """Of the steps that have these metrics; `RECENT` at least, where there are so many."""
+        lines = [line for line in self.steps if all(_is_finite(line.get(name)) for name in names)]
+        return lines[-max(RECENT, len(lines) // 2) :]  # completions that serve several steps are in the first of them
+
     @property
     def served(self) -> bool:
         """Whether a policy server generates, beside the trainer."""
         return bool(self.key("use_vllm")) and self.key("vllm_mode") == "server"
+
+    @property
+    def server_gpus(self) -> int:
+        """Of the run's own policy servers, as one node is shared out; 0 where they have none to themselves."""
+        if not self.served or self.key("vllm_server_base_url"):
+            return 0
+        asked = self.key("server_gpus")
+        alone = int(self.key("vllm_tensor_parallel_size") or 1) if len(self.gpus) > 1 else 0
+        return alone if asked is None else int(asked)
+
+    @property
+    def trainer_gpus(self) -> int:
+        """Of the trainer, likewise; at least 1."""
+        return max(1, int(self.key("trainer_gpus") or len(self.gpus) - self.server_gpus))
+
+    @property
+    def could_overlap(self) -> bool:
+        """Whether server and trainer take turns, each on its own GPUs, and the recipe would take max_staleness: 1."""
+        apart = bool(self.server_gpus or (self.key("vllm_server_base_url") and self.values("memory/total_gib")))
+        refused = self.key("vllm_enable_sleep_mode") or not self.key("vllm_importance_sampling_correction")
+        return self.served and apart and not refused and not self.key("max_staleness")
 
 
 @dataclass(frozen=True)
@@ -489,6 +528,26 @@ def _grading_slow(signs: Signs) -> Sign | None:
 
 
 def _server_bound(signs: Signs) -> Sign | None:
+    idle = signs.idle()
+    if idle is None:
+        return _server_bound_by_phase(signs)
+    server, trainer = idle
+    evidence, learning = _idle_evidence(signs, idle), signs.share_of_step("train") or 0.0
+    saved = min(trainer, learning) if signs.could_overlap else 0.0
+    if saved > MANY_IDLE and trainer >= learning:
+        return Sign(evidence, f"{_overlap(signs, saved)}; then {_more_server(signs)}")
+    if trainer <= (MANY_IDLE if signs.key("max_staleness") else GENERATING_SHARE):
+        return None
+    step = signs.now("seconds/step") or 0.0
+    if signs.server_gpus:
+        # Twice the servers halve what the servers do, of which only the trainer's waiting is saved.
+        left = step * (1 - min(trainer, (1 - server) / 2))
+        return Sign(evidence, f"{_more_server(signs)}; a step then takes about {left:.1f} s")
+    return Sign(evidence, _more_server(signs))
+
+
+def _server_bound_by_phase(signs: Signs) -> Sign | None:
+    """Without a policy server, or in a run that is older than the idle shares."""
     # Where the server is ahead of the trainer, what counts is how long the trainer waits for it all the same.
     share = signs.share_of_step("wait" if signs.key("max_staleness") else "generate")
     if share is None or share <= GENERATING_SHARE:
@@ -498,39 +557,77 @@ def _server_bound(signs: Signs) -> Sign | None:
     evidence = f"{generate:.1f} s of the {step:.1f} s of a step, {_percent(share)}"
     if not signs.key("use_vllm"):
         return Sign(evidence, "use_vllm: false -> true, with vllm_mode: server")
-    gpus = int(signs.key("server_gpus") or 0)
-    if gpus:
-        return Sign(evidence, f"server_gpus: {gpus} -> {2 * gpus}; a step then takes about {step - generate / 2:.1f} s")
-    remedy = "server_gpus: 1 or more on a machine with another GPU"
-    return Sign(
-        evidence, f"{remedy}; else max_completion_length: {signs.key('max_completion_length')} -> as few as fit"
-    )
+    if signs.server_gpus:
+        return Sign(evidence, f"{_more_server(signs)}; a step then takes about {step - generate / 2:.1f} s")
+    return Sign(evidence, _more_server(signs))
 
 
 def _trainer_bound(signs: Signs) -> Sign | None:
-    share = signs.share_of_step("train")
-    if share is None or share <= TRAINING_SHARE or not signs.values("seconds/generate"):
+    share, idle = signs.share_of_step("train"), signs.idle()
+    if share is None or not signs.values("seconds/generate"):
         return None
+    if idle is None:
+        if share <= TRAINING_SHARE:
+            return None
+        step = signs.now("seconds/step") or 0.0
+        return Sign(f"{share * step:.1f} s of the {step:.1f} s of a step, {_percent(share)}", _quicker_trainer(signs))
+    server, trainer = idle
+    evidence, saved = _idle_evidence(signs, idle), min(trainer, share) if signs.could_overlap else 0.0
+    if saved > MANY_IDLE and share > trainer:
+        return Sign(evidence, f"{_overlap(signs, saved)}; then {_quicker_trainer(signs)}")
+    # A trainer that waits for the server all the same is not what makes a step long.
+    slower = trainer < BUSY and server > MANY_IDLE if signs.key("max_staleness") else server > GENERATING_SHARE
+    if not slower or share <= MOSTLY:
+        return None
+    remedy, more = _quicker_trainer(signs), _more_trainer(signs)
+    return Sign(evidence, remedy if remedy == more else f"{remedy}; or {more}")
+
+
+def _idle_evidence(signs: Signs, idle: tuple[float, float]) -> str:
+    server, trainer = idle
     step = signs.now("seconds/step") or 0.0
-    train = share * step
-    evidence = f"{train:.1f} s of the {step:.1f} s of a step, {_percent(share)}"
+    return (
+        f"of {step:.1f} s a step the policy server is idle for {_percent(server)}, the trainer for {_percent(trainer)}"
+    )
+
+
+def _overlap(signs: Signs, saved: float) -> str:
+    """Generating and learning at the same time saves the smaller of the two; all else stays between them."""
+    left = (1 - saved) * (signs.now("seconds/step") or 0.0)
+    return f"max_staleness: 0 -> 1, with which both work at once and a step takes about {left:.1f} s (docs/overlap.md)"
+
+
+def _more_server(signs: Signs) -> str:
+    if signs.server_gpus:
+        return f"server_gpus: {signs.server_gpus} -> {2 * signs.server_gpus}"
+    if signs.key("vllm_server_base_url"):
+        return "vllm_server_base_url: add the address of another server"
+    longest = signs.key("max_completion_length")
+    return (
+        f"server_gpus: 1 or more on a machine with another GPU; else max_completion_length: {longest} -> as few as fit"
+    )
+
+
+def _more_trainer(signs: Signs) -> str:
+    if signs.key("trainer_gpus") == 0:
+        return "trainer_gpus: 0 -> 1 on a machine with a GPU"
+    return f"trainer_gpus: {signs.trainer_gpus} -> {2 * signs.trainer_gpus}"
+
+
+def _quicker_trainer(signs: Signs) -> str:
+    """What costs no GPU, where there is something; else another one."""
     batch, passes = signs.key("per_device_train_batch_size"), int(signs.key("gradient_accumulation_steps") or 1)
     if passes > 1 and not signs.key("micro_batch_tokens"):  # packed, a step takes as few passes as it can
         fewer = max(1, passes // 4)
-        factor = passes // fewer
-        return Sign(
-            evidence,
-            f"per_device_train_batch_size: {batch} -> {factor * batch}, with gradient_accumulation_steps: {passes} -> "
-            f"{fewer}: the same batch in fewer passes",
+        return (
+            f"per_device_train_batch_size: {batch} -> {passes // fewer * batch}, with gradient_accumulation_steps: "
+            f"{passes} -> {fewer}: the same batch in fewer passes"
         )
     if (signs.key("num_iterations") or 1) > 1:
-        return Sign(
-            evidence, f"num_iterations: {signs.key('num_iterations')} -> 1: the same rollouts are learned from once"
-        )
+        return f"num_iterations: {signs.key('num_iterations')} -> 1: the same rollouts are learned from once"
     if signs.gpus and signs.key("gradient_checkpointing"):
-        return Sign(evidence, "gradient_checkpointing: true -> false, where memory allows")
-    gpus = signs.key("trainer_gpus") or 1
-    return Sign(evidence, f"trainer_gpus: {gpus} -> {2 * gpus}")
+        return "gradient_checkpointing: true -> false, where memory allows"
+    return _more_trainer(signs)
 
 
 def _memory_unused(signs: Signs) -> Sign | None:
@@ -726,13 +823,13 @@ AILMENTS: tuple[Ailment, ...] = (
     Ailment(
         "server_bound",
         SLOW,
-        "the trainer mostly waits for completions",
+        "making completions takes longer than all else: the trainer waits for them",
         _server_bound,
     ),
     Ailment(
         "trainer_bound",
         SLOW,
-        "completions are there, and the trainer takes long to learn from them",
+        "learning from completions takes longer than making them: they are there, and the trainer is not done",
         _trainer_bound,
     ),
     Ailment(

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 STEP, EVALUATION = "step", "evaluation"
 TRL, TRANSFORMERS = "TRL", "transformers"
 CLOCK, PROBE, TRAINER = "training/clock.py", "training/probe.py", "training/trainer.py"
+IDLE = "training/idle.py"
 HELD_OUT, SCORES = "training/held_out.py", "evaluation/scores.py"
 RECORDER, PUBLISH, PACKING = "training/recorder.py", "training/generation.py", "training/packing.py"
 
@@ -110,6 +111,14 @@ METRICS = (
         "of the step: <publish, probe, generate, wait (for the next window), grade, record, train; step: all>",
         CLOCK,
     ),
+    Metric(
+        "idle/server",
+        "share",
+        "of the step without a request for completions under way, as while weights are published; several servers: "
+        "the mean of each one's own share",
+        IDLE,
+    ),
+    Metric("idle/trainer", "share", "of the step that the trainer waited for completions of a policy server", IDLE),
     Metric("seconds_left", "s", "to the last step, at the pace of the last 20", CLOCK),
     Metric("step_time", "s", "of the step without what comes between two steps", TRL),
     Metric("memory/peak_gib", "GiB", "the most that the first trainer process has held of its GPU", CLOCK),

@@ -92,6 +92,7 @@ CHARTS = (
         ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
     ),
     Chart("Seconds of a step, by phase", "s", ("seconds/*",), kind="stacked"),
+    Chart("Idle: policy servers and trainer", "share", ("idle/server", "idle/trainer")),
     Chart("Tokens a second", "tokens/s", ("tokens_per_second",)),
     Chart("GPU memory of the trainer", "GiB", ("memory/peak_gib", "memory/total_gib")),
 )
@@ -207,6 +208,9 @@ def _where_time_goes(run: Run) -> Iterator[str]:
         largest = sorted(phases.items(), key=lambda item: -item[1])[:3]
         parts = [f"{name} {100 * value / whole:.0f} %" for name, value in largest if value / whole > 0.005]
         yield f"{duration(whole)} a step: {', '.join(parts)}"
+    server, trainer = (run.series(f"idle/{side}")[1] for side in ("server", "trainer"))
+    if server and trainer:
+        yield f"policy server idle {100 * _mean(server):.0f} %, trainer {100 * _mean(trainer):.0f} %"
     if run.seconds:
         yield f"{duration(run.seconds)} in all" + (f", {_gpu_hours(run)}" if run.gpus else "")
 

@@ -85,6 +85,7 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
         )
         self._versions: list[int | None] = []
         if self.server:
+            self.clock.watch(self.server.client.busy, gather_object)
             self.server.sampling |= self.stop.for_vllm() if self.stop else {}
         elif self.use_vllm:  # inside of this process, by TRL
             publish = self.vllm_generation.sync_weights
