@@ -62,6 +62,16 @@ def test_rollouts_come_by_prompt_whatever_server_made_them() -> None:
         assert (len(posts(first)), len(posts(second))) == (2, 1)
 
 
+def test_clients_side_by_side_begin_with_another_server_each() -> None:
+    limits = {"generation_timeout_s": LONG_S, "control_timeout_s": LONG_S}
+    with serving() as (url, here), serving() as (other, there):
+        for first in range(3):
+            with PolicyClient((url, other), None, first=first, **limits) as one:
+                one.collect(one.submit([[first]], SAMPLING))
+        assert [body["prompt"] for body in posts(here)] == [[0], [2]]
+        assert [body["prompt"] for body in posts(there)] == [[1]]
+
+
 def test_one_request_a_prompt_with_its_own_number_of_completions() -> None:
     with serving() as (url, handler):
         with client(url) as one:

@@ -248,6 +248,8 @@ class PolicyClient:
         token: of the run, sent with each request; None sends none.
         generation_timeout_s: for a round of generation, from `submit` on; seconds.
         control_timeout_s: for any other call that is given no time of its own; seconds.
+        first: the place of the server that gets the first prompt; of clients that work side by side each has another,
+            so that all servers have work where each client has fewer prompts than there are servers.
     """
 
     def __init__(
@@ -257,13 +259,14 @@ class PolicyClient:
         *,
         generation_timeout_s: float,
         control_timeout_s: float = 60.0,
+        first: int = 0,
     ) -> None:
         if not base_urls:
             raise ValueError("a policy client needs the URL of at least one policy server")
         self.base_urls = tuple(url.rstrip("/") for url in base_urls)
         self._token = token
         self._generation_timeout_s, self._control_timeout_s = generation_timeout_s, control_timeout_s
-        self._turns = itertools.cycle(range(len(self.base_urls)))
+        self._turns = itertools.islice(itertools.cycle(range(len(self.base_urls))), first % len(self.base_urls), None)
         self._places = [asyncio.Semaphore(CONNECTIONS) for _ in self.base_urls]
         self._generating = {url: _Generating() for url in self.base_urls}
         self._process = os.getpid()

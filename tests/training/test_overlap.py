@@ -344,7 +344,9 @@ def test_several_processes_and_servers(
         assert labels(folder) == LABELS[:4]
         assert is_told(folder, server.calls[before:], other.calls)
         for calls in (server.calls[before:], other.calls):
-            assert rounds(calls) and not [each for each in calls if "n" not in each and each["under_way"]]
+            # Each server has one prompt of each window, though each process has one prompt alone.
+            assert [each["version"] for each in rounds(calls)] == [version for _, version in LABELS[:4]]
+            assert not [each for each in calls if "n" not in each and each["under_way"]]
         (tmp_path / "again").mkdir()
         checkpoint = as_killed_after(folder, 2, tmp_path / "again")
         assert_same_run(folder, run(way, made, tmp_path / "again", "--resume", checkpoint))

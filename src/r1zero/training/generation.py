@@ -86,6 +86,7 @@ class PolicyServer:
             settings.token,
             generation_timeout_s=settings.generation_timeout,
             control_timeout_s=settings.publish_timeout,
+            first=accelerator.process_index,
         )
         self.publisher = policy_sync.make(
             settings.route,
