@@ -220,8 +220,11 @@ def prompts_of(ids: torch.Tensor, mask: torch.Tensor, shared: bool) -> torch.Ten
     Returns:
         (sequences, 2): what makes a `Prompt`.
     """
+    lengths = mask.sum(1)
+    if not shared:
+        return torch.stack([torch.arange(len(ids), device=ids.device), torch.zeros_like(lengths)], dim=1)
     numbers: torch.Tensor = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)[1]
-    return torch.stack([numbers, (mask.sum(1) - 1).clamp(min=0) * shared], dim=1)
+    return torch.stack([numbers, (lengths - 1).clamp(min=0)], dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
