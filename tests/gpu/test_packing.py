@@ -6,7 +6,6 @@ python -m pytest tests/gpu/test_packing.py -m gpu
 """
 
 import types
-from itertools import accumulate
 
 import pytest
 import torch
@@ -34,13 +33,12 @@ def test_the_kernel_keeps_sequences_apart(heads: int, key_heads: int, width: int
     ]
     if not packing._kernel_takes(made[0], torch.bfloat16):
         pytest.skip("this torch, or this GPU, has no kernel for variable lengths")
-    starts = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device="cuda")
+    device = torch.device("cuda")
+    layout = Layout.of(Pool(LENGTHS, [Prompt(place, 0) for place in range(len(LENGTHS))]))
+    options = layout.for_flash_attention(device) | layout.for_attend(device)
     module = types.SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
     upstream = torch.randn(1, tokens, heads, width, device="cuda", dtype=torch.bfloat16)
-    options = {"packed_lengths": list(LENGTHS), "packed_key_lengths": list(LENGTHS)}
-    output, _ = packing.attend(
-        module, *made, None, scaling=width**-0.5, cu_seq_lens_q=starts, cu_seq_lens_k=starts, **options
-    )
+    output, _ = packing.attend(module, *made, None, scaling=width**-0.5, **options)
     gradients = torch.autograd.grad((output * upstream).sum(), made)
     exact = [each.detach().float().requires_grad_() for each in made]
     query, key, value = exact
@@ -64,8 +62,8 @@ def test_the_kernel_lets_completions_see_their_prompt_and_nobody_elses_end(
     # Three share 129 tokens, two share one (a branch's last query is not at a block's end), and one stands alone.
     pool = Pool([300, 130, 429, 65, 2, 77], [Prompt(0, 129)] * 3 + [Prompt(1, 1)] * 2 + [Prompt(2, 30)])
     layout = Layout.of(pool)
-    lengths, key_lengths, keys = [len(each) for each in layout.segments], layout.key_lengths(), layout.keys()
-    assert keys is not None and lengths == [129, 171, 1, 300, 1, 64, 1, 77]
+    lengths = layout.lengths()
+    assert lengths == [129, 171, 1, 300, 1, 64, 1, 77]
     made = [
         torch.randn(1, count, sum(lengths), width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for count in (heads, key_heads, key_heads)
@@ -74,11 +72,9 @@ def test_the_kernel_lets_completions_see_their_prompt_and_nobody_elses_end(
         pytest.skip("this torch, or this GPU, has no kernel for variable lengths")
     module = types.SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
     upstream = torch.randn(1, sum(lengths), heads, width, device="cuda", dtype=torch.bfloat16)
-    starts = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device="cuda") for each in (lengths, key_lengths)]
-    options = {"packed_lengths": lengths, "packed_key_lengths": key_lengths, "packed_keys": keys.cuda()}
-    output, _ = packing.attend(
-        module, *made, None, scaling=width**-0.5, cu_seq_lens_q=starts[0], cu_seq_lens_k=starts[1], **options
-    )
+    device = torch.device("cuda")
+    options = layout.for_flash_attention(device) | layout.for_attend(device)
+    output, _ = packing.attend(module, *made, None, scaling=width**-0.5, **options)
     gradients = torch.autograd.grad((output * upstream).sum(), made)
     exact = [each.detach().float().requires_grad_() for each in made]
     segments = [torch.split(each, lengths, dim=2) for each in exact]

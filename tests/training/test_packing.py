@@ -313,7 +313,8 @@ class World:
         return loss, copy.deepcopy(gradients), metrics
 
 
-UNEVEN = Case((((1, 12), (1, 1)), ((9, 12), (9, 2))), 2, 1, 1, 24, "grpo", "token", True, 2, 0, 2)  # rows of 2 and 1
+# Rows of one sequence and of two, which share their prompt.
+UNEVEN = Case((((9, 12), (9, 2), (9, 1)), ((9, 3), (9, 4), (1, 12))), 3, 1, 1, 24, "grpo", "token", True, 2, 0, group=5)
 
 
 @given(case=cases())
@@ -431,6 +432,44 @@ def test_each_family_and_adapters_on_it_keep_sequences_apart(
         torch.testing.assert_close(gradients[0][name], each, rtol=TOLERANCE, atol=TOLERANCE * largest)
     packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
     assert "packed" not in str(model.get_base_model().config.to_dict())  # a checkpoint loads anywhere
+
+
+def varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts_q: Any, starts_k: Any, *longest: int, **how: Any
+) -> torch.Tensor:
+    """What torch's kernel for various lengths computes by its documentation; causal is aligned to the last key."""
+    assert how["window_size"] == (-1, 0) and starts_q.dtype == starts_k.dtype == torch.int32
+    assert longest == (int(starts_q.diff().max()), int(starts_k.diff().max()))
+    assert query.shape[1] == key.shape[1] or how["enable_gqa"]
+    outputs = []
+    for number in range(len(starts_q) - 1):
+        (first, stop), (begin, end) = (starts[number : number + 2].tolist() for starts in (starts_q, starts_k))
+        scores = query[first:stop].transpose(0, 1) @ key[begin:end].permute(1, 2, 0).repeat_interleave(
+            query.shape[1] // key.shape[1], dim=0
+        )
+        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(end - begin - (stop - first) + 1)
+        weights = (scores * how["scale"]).masked_fill(later, -math.inf).softmax(-1)
+        values = value[begin:end].transpose(0, 1).repeat_interleave(query.shape[1] // key.shape[1], dim=0)
+        outputs.append((weights @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_the_kernel_is_asked_for(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on a GPU only; here something slow takes its place."""
+    options = frozenset({"scale", "window_size"} | ({"enable_gqa"} if grouped else set()))
+    model, calls = prepared("qwen2"), []
+    monkeypatch.setattr(packing, "_kernel_takes", lambda *_: True)
+    monkeypatch.setattr(packing, "_kernel_options", lambda: options)
+    monkeypatch.setattr(packing, "varlen_attn", lambda *args, **how: calls.append(how) or varlen(*args, **how))
+    gradients = []
+    for logps, _ in scores(model, [(6, 4), (6, 9), (6, 1), (2, 6), (2, 3)], 3):
+        model.zero_grad()
+        logps.square().sum().backward()
+        gradients.append(torch.cat([each.grad.flatten() for each in model.parameters()]))
+    assert len(calls) == model.config.num_hidden_layers
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < TOLERANCE
+    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
 
 
 def test_a_model_that_looks_at_other_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,17 +269,30 @@ class Layout:
         """In the sequences end to end, of each token of the row."""
         return torch.cat([torch.arange(each.start, each.stop) for each in self.segments])
 
-    def keys(self) -> torch.Tensor | None:
-        """In the row, of what the segments attend to, one segment's after the other; None: each to itself."""
-        if all(len(each) == 1 for each in self.attended):
-            return None
-        starts = [0, *accumulate(map(len, self.segments))]
-        seen = [number for each in self.attended for number in each]
-        return torch.cat([torch.arange(starts[number], starts[number + 1]) for number in seen])
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [len(each) for each in self.segments]
 
     def key_lengths(self) -> list[int]:
         """Tokens that each segment attends to."""
         return [sum(len(self.segments[number]) for number in each) for each in self.attended]
+
+    def for_flash_attention(self, device: torch.device) -> dict[str, Any]:
+        """What transformers gives to kernels for various lengths; enough where no prompt is shared."""
+        made: dict[str, Any] = {}
+        for side, lengths in (("q", self.lengths()), ("k", self.key_lengths())):
+            made[f"cu_seq_lens_{side}"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            made[f"max_length_{side}"] = max(lengths)
+        return made
+
+    def for_attend(self, device: torch.device) -> dict[str, Any]:
+        """What `attend` takes beside."""
+        keys = None
+        if any(len(each) > 1 for each in self.attended):
+            starts = [0, *accumulate(self.lengths())]
+            seen = [number for each in self.attended for number in each]
+            keys = torch.cat([torch.arange(starts[number], starts[number + 1]) for number in seen]).to(device)
+        return {"packed_lengths": self.lengths(), "packed_key_lengths": self.key_lengths(), "packed_keys": keys}
 
 
 def log_probabilities(
@@ -315,19 +328,10 @@ def log_probabilities(
     sequences = torch.cat([mask.sum(1, keepdim=True), of_prompts], dim=1).tolist()
     sequences = [each for each in sequences if each[0]]
     layout = Layout.of(Pool([length for length, *_ in sequences], [Prompt(*prompt) for _, *prompt in sequences]))
-    lengths, key_lengths, keys = [len(each) for each in layout.segments], layout.key_lengths(), layout.keys()
-    places = layout.places().to(ids.device)
-    more = {
-        "cu_seq_lens_q": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=ids.device),
-        "cu_seq_lens_k": torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=ids.device),
-        "max_length_q": max(lengths),
-        "max_length_k": max(key_lengths),
-    }
+    places, more = layout.places().to(ids.device), layout.for_flash_attention(ids.device)
     if _config(model)._attn_implementation == OURS:
         # transformers leaves a mask of four dimensions as it is, and `attend` does not look at it.
-        more |= {"attention_mask": row.new_ones((1, 1, 1, 1), dtype=torch.bool)}
-        more |= {"packed_lengths": lengths, "packed_key_lengths": key_lengths}
-        more |= {"packed_keys": None if keys is None else keys.to(ids.device)}
+        more |= {"attention_mask": row.new_ones((1, 1, 1, 1), dtype=torch.bool), **layout.for_attend(ids.device)}
     laid_down = {"input_ids": row, "position_ids": positions, "shift_labels": labels}
     outputs = model(**{name: each[places][None] for name, each in laid_down.items()}, fused_lm_head=True, **more)
 
