@@ -1,4 +1,4 @@
-"""What padding costs the trainer: seconds of one optimizer step, padded as TRL does and in packed micro-batches.
+"""What padding and repeated prompts cost the trainer: seconds of one optimizer step, padded, packed, and shared.
 
     python benchmarks/packing.py MODEL_FOLDER [--completions 64] [--mean 400 --cut 1024 --prompt 120] [--batch 8]
         [--budget 8192] [--group 8] [--without-spread 0] [--threads 16] [--rounds 3] [--dtype bfloat16]
@@ -6,7 +6,9 @@
 Completion lengths are log-normal (sigma 0.6) around the mean and cut; each group's prompt is of a length around
 `--prompt`. A step is what follows a generation: log-probabilities of all completions by the policy that made them
 ("score"), then forward and backward passes ("learn"), with gradient checkpointing and without the optimizer, whose part
-is the same. Padded and packed take turns on the same tokens; loss and gradients of both are compared. Without a GPU the
+is the same. Three ways take turns on the same tokens: "padded" as TRL does it, "packed" micro-batches in which each
+completion repeats its prompt, and "shared", where a micro-batch has each prompt once (whatever the device's default).
+Loss and gradients are compared, and before the first round it is proven that sequences keep apart. Without a GPU the
 seconds are the processor's, of all threads, so that what else runs on the machine does not count. Weights may be
 random: `transformers`' `LlamaConfig` of any shape, saved with any tokenizer, will do.
 """
@@ -26,6 +28,7 @@ from trl import GRPOConfig
 
 from r1zero.run_folder import RunFolder
 from r1zero.tasks.verifier import Verifier
+from r1zero.training import packing
 from r1zero.training.packing import MicroBatch
 from r1zero.training.recorder import Recorder
 from r1zero.training.trainer import PolicyTrainer
@@ -51,9 +54,10 @@ def window(chosen: argparse.Namespace, words: int, device: torch.device) -> dict
     advantages = torch.randn(chosen.completions)
     silent = round(chosen.without_spread * chosen.completions / chosen.group)
     advantages[: silent * chosen.group] = 0.0
+    asked = torch.randint(words, (chosen.completions // chosen.group, prompt_mask.shape[1]))
     order = torch.randperm(chosen.completions)  # as TRL shuffles a generation
     made = {
-        "prompt_ids": torch.randint(words, prompt_mask.shape)[order],
+        "prompt_ids": asked.repeat_interleave(chosen.group, dim=0)[order],
         "prompt_mask": prompt_mask[order],
         "completion_ids": torch.randint(words, completion_mask.shape)[order],
         "completion_mask": completion_mask[order],
@@ -69,11 +73,16 @@ class Step:
     def __init__(self, trainer: PolicyTrainer, batch: int, made: dict[str, torch.Tensor]) -> None:
         self.trainer, self.batch, self.window = trainer, batch, made
         self.passes = made["advantages"].numel() // batch
+        self._tokens: list[int] = []
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, kwargs: self._tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
 
-    def run(self, budget: int | None) -> dict[str, Any]:
-        """Seconds by phase, loss, gradients and peak memory; `budget` of None is padded."""
+    def run(self, budget: int | None, shares: bool = False) -> dict[str, Any]:
+        """Seconds by phase, loss, gradients, peak memory and tokens learnt from; `budget` of None is padded."""
         trainer, made = self.trainer, self.window
         trainer.micro_batch_tokens = budget
+        packing.SHARING = (trainer.accelerator.device.type,) if shares else ()
         trainer.current_gradient_accumulation_steps = self.passes
         trainer._step = 0
         trainer.model.zero_grad()
@@ -86,6 +95,7 @@ class Step:
                 trainer.model, ids, mask, made["completion_ids"].shape[1], batch_size=self.batch
             )
         scored = self._now()
+        self._tokens.clear()
         loss = 0.0
         for number in range(self.passes):
             places = slice(number * self.batch, (number + 1) * self.batch)
@@ -94,9 +104,10 @@ class Step:
             inputs = MicroBatch(own, old_per_token_logps=old[places])
             loss += float(trainer.training_step(trainer.model, inputs, None))
         learnt = self._now()
-        gradients = torch.cat([each.grad.flatten().float() for each in trainer.model.parameters()])
+        gradients = torch.cat([each.grad.flatten().float().cpu() for each in trainer.model.parameters()])
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
-        return {"score": scored - began, "learn": learnt - scored, "loss": loss, "gradients": gradients, "peak": peak}
+        seconds = {"score": scored - began, "learn": learnt - scored, "step": learnt - began}
+        return seconds | {"loss": loss, "gradients": gradients, "peak": peak, "tokens": sum(self._tokens)}
 
     @staticmethod
     def _now() -> float:
@@ -140,25 +151,34 @@ def measure(chosen: argparse.Namespace) -> None:
         step = Step(trainer, chosen.batch, made)
         real = int(made["prompt_mask"].sum() + made["completion_mask"].sum())
         padded = made["prompt_mask"].numel() + made["completion_mask"].numel()
-        print(f"{chosen.completions} completions: {real} tokens; padded to the window's longest: {padded}")
+        print(f"{chosen.completions} completions: {real} tokens; padded to the window's longest: {padded}", flush=True)
+        packing.SHARING = (trainer.accelerator.device.type,)
+        packing.require_apart(trainer.model, trainer.accelerator.device, trainer.accelerator.autocast)
+        trainer._known_apart = True
+        ways: dict[str, tuple[Any, ...]] = {"padded": (None,), "packed": (chosen.budget,)}
+        ways["shared"] = (chosen.budget, True)
         rounds = []
         for number in range(-1, chosen.rounds):  # one to warm up
-            one, other = step.run(None), step.run(chosen.budget)
-            away = float((one["gradients"] - other["gradients"]).norm() / one["gradients"].norm())
-            both = [each["score"] + each["learn"] for each in (one, other)]
-            print(
-                f"round {number}: padded {both[0]:.2f} s (score {one['score']:.2f}, learn {one['learn']:.2f}), "
-                f"packed {both[1]:.2f} s (score {other['score']:.2f}, learn {other['learn']:.2f}); ratio "
-                f"{both[0] / both[1]:.2f}; loss {one['loss']:.6f} and {other['loss']:.6f}, gradients {away:.1e} apart; "
-                f"peak {one['peak']:.1f} and {other['peak']:.1f} GiB",
-                flush=True,
-            )
-            rounds.append((both[0] / both[1], one["learn"] / other["learn"]))
-        whole, learning = (sorted(each) for each in zip(*rounds[1:], strict=True))
-        print(
-            f"padded over packed: step {statistics.median(whole):.2f} ({whole[0]:.2f} to {whole[-1]:.2f}), "
-            f"learning {statistics.median(learning):.2f} ({learning[0]:.2f} to {learning[-1]:.2f})"
-        )
+            found, expected = {}, torch.empty(0)
+            for way, how in ways.items():
+                each = found[way] = step.run(*how)
+                gradients = each.pop("gradients")
+                expected = gradients if way == "padded" else expected
+                print(
+                    f"round {number}: {way} {each['step']:.2f} s (score {each['score']:.2f}, learn {each['learn']:.2f} "
+                    f"from {each['tokens']} tokens); loss {each['loss']:.6f}, gradients "
+                    f"{float((gradients - expected).norm() / expected.norm()):.1e} from padded; peak "
+                    f"{each['peak']:.1f} GiB",
+                    flush=True,
+                )
+            rounds.append(found)
+        for slow, fast in (("padded", "packed"), ("packed", "shared"), ("padded", "shared")):
+            ratios = {
+                what: sorted(found[slow][what] / found[fast][what] for found in rounds[1:])
+                for what in ("step", "learn")
+            }
+            said = (f"{what} {statistics.median(by):.2f} ({by[0]:.2f} to {by[-1]:.2f})" for what, by in ratios.items())
+            print(f"{slow} over {fast}: {', '.join(said)}")
 
 
 def main() -> None:
