@@ -28,7 +28,7 @@ from trl import GRPOConfig
 
 from r1zero.run_folder import RunFolder
 from r1zero.tasks.verifier import Verifier
-from r1zero.training import packing
+from r1zero.training import packed_rows
 from r1zero.training.packing import MicroBatch
 from r1zero.training.recorder import Recorder
 from r1zero.training.trainer import PolicyTrainer
@@ -82,7 +82,7 @@ class Step:
         """Seconds by phase, loss, gradients, peak memory and tokens learnt from; `budget` of None is padded."""
         trainer, made = self.trainer, self.window
         trainer.micro_batch_tokens = budget
-        packing.SHARING = (trainer.accelerator.device.type,) if shares else ()
+        packed_rows.SHARING = (trainer.accelerator.device.type,) if shares else ()
         trainer.current_gradient_accumulation_steps = self.passes
         trainer._step = 0
         trainer.model.zero_grad()
@@ -152,8 +152,8 @@ def measure(chosen: argparse.Namespace) -> None:
         real = int(made["prompt_mask"].sum() + made["completion_mask"].sum())
         padded = made["prompt_mask"].numel() + made["completion_mask"].numel()
         print(f"{chosen.completions} completions: {real} tokens; padded to the window's longest: {padded}", flush=True)
-        packing.SHARING = (trainer.accelerator.device.type,)
-        packing.require_apart(trainer.model, trainer.accelerator.device, trainer.accelerator.autocast)
+        packed_rows.SHARING = (trainer.accelerator.device.type,)
+        packed_rows.require_apart(trainer.model, trainer.accelerator.device, trainer.accelerator.autocast)
         trainer._known_apart = True
         ways: dict[str, tuple[Any, ...]] = {"padded": (None,), "packed": (chosen.budget,)}
         ways["shared"] = (chosen.budget, True)

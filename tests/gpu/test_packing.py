@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from r1zero.training import packing
-from r1zero.training.packing import Layout, Pool, Prompt
+from r1zero.training import packed_rows
+from r1zero.training.filling import Pool, Prompt
+from r1zero.training.packed_rows import Layout
 from tests.training.test_packing import FAMILIES, prepared, scores
 
 pytestmark = [
@@ -31,14 +32,14 @@ def test_the_kernel_keeps_sequences_apart(heads: int, key_heads: int, width: int
         torch.randn(1, count, tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for count in (heads, key_heads, key_heads)
     ]
-    if not packing._kernel_takes(made[0], torch.bfloat16):
+    if not packed_rows._kernel_takes(made[0], torch.bfloat16):
         pytest.skip("this torch, or this GPU, has no kernel for variable lengths")
     device = torch.device("cuda")
     layout = Layout.of(Pool(LENGTHS, [Prompt(place, 0) for place in range(len(LENGTHS))]))
     options = layout.for_flash_attention(device) | layout.for_attend(device)
     module = types.SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
     upstream = torch.randn(1, tokens, heads, width, device="cuda", dtype=torch.bfloat16)
-    output, _ = packing.attend(module, *made, None, scaling=width**-0.5, **options)
+    output, _ = packed_rows.attend(module, *made, None, scaling=width**-0.5, **options)
     gradients = torch.autograd.grad((output * upstream).sum(), made)
     exact = [each.detach().float().requires_grad_() for each in made]
     query, key, value = exact
@@ -68,13 +69,13 @@ def test_the_kernel_lets_completions_see_their_prompt_and_nobody_elses_end(
         torch.randn(1, count, sum(lengths), width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for count in (heads, key_heads, key_heads)
     ]
-    if not packing._kernel_takes(made[0], torch.bfloat16):
+    if not packed_rows._kernel_takes(made[0], torch.bfloat16):
         pytest.skip("this torch, or this GPU, has no kernel for variable lengths")
     module = types.SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
     upstream = torch.randn(1, sum(lengths), heads, width, device="cuda", dtype=torch.bfloat16)
     device = torch.device("cuda")
     options = layout.for_flash_attention(device) | layout.for_attend(device)
-    output, _ = packing.attend(module, *made, None, scaling=width**-0.5, **options)
+    output, _ = packed_rows.attend(module, *made, None, scaling=width**-0.5, **options)
     gradients = torch.autograd.grad((output * upstream).sum(), made)
     exact = [each.detach().float().requires_grad_() for each in made]
     segments = [torch.split(each, lengths, dim=2) for each in exact]
@@ -95,7 +96,9 @@ def test_the_kernel_lets_completions_see_their_prompt_and_nobody_elses_end(
 def test_packed_rows_are_padded_ones(family: str, half: bool) -> None:
     with torch.autocast("cuda", torch.bfloat16, enabled=half), torch.no_grad():
         model = prepared(family).to("cuda").eval()
-        packing.require_apart(model, torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16, enabled=half))
+        packed_rows.require_apart(
+            model, torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16, enabled=half)
+        )
         packed, padded = scores(model, [(3, 40), (1, 9), (50, 1), (2, 6)])
     for here, there in zip(packed, padded, strict=True):
         assert float((here - there).abs().mean()) < (0.05 if half else 1e-4)
@@ -113,9 +116,9 @@ def test_shared_prompts_are_repeated_ones(family: str, half: bool, monkeypatch: 
     lengths = [(70, 40), (70, 9), (70, 1), (70, 200), (2, 6), (2, 3), (2, 1), (2, 9)]
     said, gradients = [], []
     for sharing in ((), ("cuda",)):
-        monkeypatch.setattr(packing, "SHARING", sharing)
+        monkeypatch.setattr(packed_rows, "SHARING", sharing)
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            packing.require_apart(
+            packed_rows.require_apart(
                 model, torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16, enabled=half)
             )
             tokens.clear()

@@ -25,8 +25,9 @@ from r1zero import recipe as recipes
 from r1zero.restarts import Refusal
 from r1zero.run_folder import RunFolder
 from r1zero.tasks.verifier import Verifier
-from r1zero.training import arguments, packing
-from r1zero.training.packing import PackedPasses, Pool, Prompt, fill
+from r1zero.training import arguments, packed_rows
+from r1zero.training.filling import Pool, Prompt, fill
+from r1zero.training.packing import PackedPasses
 from r1zero.training.recorder import Recorder
 from r1zero.training.trainer import PolicyTrainer, without_spread
 from tests.training import fixed_completions
@@ -263,7 +264,7 @@ class World:
         self.windows = windows(case, trainer.model.config.vocab_size)
         self.count = len(self.windows)
         self.rank = 0
-        patch.setattr(packing, "SHARING", ("cpu",) if case.shares else ())
+        patch.setattr(packed_rows, "SHARING", ("cpu",) if case.shares else ())
         patch.setattr(Accelerator, "num_processes", property(lambda _: self.count))
         patch.setattr(Accelerator, "process_index", property(lambda _: self.rank))
         patch.setattr(GRPOTrainer, "_prepare_inputs", lambda _, inputs: inputs)
@@ -328,6 +329,12 @@ def test_each_type_of_loss(trainer: Any, loss_type: str) -> None:
     assert_same_learning(trainer, dataclasses.replace(UNEVEN, loss_type=loss_type))
 
 
+def assert_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """A number of it is a sum of others that may be as large as its largest one, in another order."""
+    atol = TOLERANCE * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=atol)
+
+
 def assert_same_learning(trainer: Any, case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         world = World(trainer, case, patch)
@@ -335,7 +342,7 @@ def assert_same_learning(trainer: Any, case: Case) -> None:
         packed, found, metrics = world.learn(case.budget)
     assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
     for name, each in expected.items():
-        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_gradient(found[name], each)
     assert max(float(each.abs().max()) for each in expected.values()) > 0
     assert all(len(values) == len(case.lengths) for values in metrics.values())  # one of each process's step
 
@@ -348,7 +355,7 @@ def test_log_probabilities_and_entropies_are_those_of_padded_sequences(trainer: 
     ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
     keep = window["completion_ids"].shape[1]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(packing, "SHARING", ("cpu",) if case.shares else ())
+        patch.setattr(packed_rows, "SHARING", ("cpu",) if case.shares else ())
         for batch_size in (None, case.batch):  # of a loss, of scoring
             patch.setattr(trainer, "micro_batch_tokens", case.budget)
             ask = trainer._get_per_token_logps_and_entropies
@@ -391,7 +398,7 @@ def scores(model: Any, lengths: Sequence[tuple[int, int]], group: int = 1) -> li
     window = {name: value.to(model.device) for name, value in windows(case, model.config.vocab_size)[0].items()}
     ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
     keep = window["completion_ids"].shape[1]
-    packed = packing.log_probabilities(model, ids, mask, keep)
+    packed = packed_rows.log_probabilities(model, ids, mask, keep)
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :-keep] = -100
     outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
@@ -401,7 +408,7 @@ def scores(model: Any, lengths: Sequence[tuple[int, int]], group: int = 1) -> li
 def prepared(family: str) -> Any:
     model = tiny(family, 64)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    packing.prepare(model)
+    packed_rows.prepare(model)
     return model
 
 
@@ -430,7 +437,7 @@ def test_each_family_and_adapters_on_it_keep_sequences_apart(
     largest = max(float(each.abs().max()) for each in gradients[1].values())
     for name, each in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], each, rtol=TOLERANCE, atol=TOLERANCE * largest)
-    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
     assert "packed" not in str(model.get_base_model().config.to_dict())  # a checkpoint loads anywhere
 
 
@@ -459,9 +466,9 @@ def test_what_the_kernel_is_asked_for(grouped: bool, monkeypatch: pytest.MonkeyP
     """It runs on a GPU only; here something slow takes its place."""
     options = frozenset({"scale", "window_size"} | ({"enable_gqa"} if grouped else set()))
     model, calls = prepared("qwen2"), []
-    monkeypatch.setattr(packing, "_kernel_takes", lambda *_: True)
-    monkeypatch.setattr(packing, "_kernel_options", lambda: options)
-    monkeypatch.setattr(packing, "varlen_attn", lambda *args, **how: calls.append(how) or varlen(*args, **how))
+    monkeypatch.setattr(packed_rows, "_kernel_takes", lambda *_: True)
+    monkeypatch.setattr(packed_rows, "_kernel_options", lambda: options)
+    monkeypatch.setattr(packed_rows, "varlen_attn", lambda *args, **how: calls.append(how) or varlen(*args, **how))
     gradients = []
     for logps, _ in scores(model, [(6, 4), (6, 9), (6, 1), (2, 6), (2, 3)], 3):
         model.zero_grad()
@@ -469,20 +476,20 @@ def test_what_the_kernel_is_asked_for(grouped: bool, monkeypatch: pytest.MonkeyP
         gradients.append(torch.cat([each.grad.flatten() for each in model.parameters()]))
     assert len(calls) == model.config.num_hidden_layers
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < TOLERANCE
-    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
 
 
 def test_a_model_that_looks_at_other_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepared("qwen2")
-    packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
-    attend = packing.attend
+    packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+    attend = packed_rows.attend
     everything = {"packed_lengths": (16,), "packed_key_lengths": (16,)}
-    AttentionInterface.register(packing.OURS, lambda *args, **more: attend(*args, **more | everything))
+    AttentionInterface.register(packed_rows.OURS, lambda *args, **more: attend(*args, **more | everything))
     try:
         with pytest.raises(Refusal, match="does not keep packed sequences apart"):
-            packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+            packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
     finally:
-        AttentionInterface.register(packing.OURS, attend)
+        AttentionInterface.register(packed_rows.OURS, attend)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +499,7 @@ def test_a_model_that_does_not_keep_completions_of_one_prompt_apart_is_refused(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = prepared("qwen2")
-    attend = packing.attend
+    attend = packed_rows.attend
 
     def sees(*args: Any, packed_keys: Any = None, **more: Any) -> Any:
         if packed_keys is not None and wrong == "sees its neighbours":
@@ -504,23 +511,23 @@ def test_a_model_that_does_not_keep_completions_of_one_prompt_apart_is_refused(
         return attend(*args, **more)
 
     if wrong == "sees as much as if it came first":
-        no_later = packing._no_later
-        monkeypatch.setattr(packing, "_no_later", lambda *args: no_later(*args).fill_(True).tril())
-    AttentionInterface.register(packing.OURS, sees)
+        no_later = packed_rows._no_later
+        monkeypatch.setattr(packed_rows, "_no_later", lambda *args: no_later(*args).fill_(True).tril())
+    AttentionInterface.register(packed_rows.OURS, sees)
     try:
         with pytest.raises(Refusal, match="does not keep completions of one prompt apart"):
-            packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
-        monkeypatch.setattr(packing, "SHARING", ())
-        packing.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+            packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
+        monkeypatch.setattr(packed_rows, "SHARING", ())
+        packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
     finally:
-        AttentionInterface.register(packing.OURS, attend)
+        AttentionInterface.register(packed_rows.OURS, attend)
 
 
 def test_attention_that_was_not_shown_to_keep_sequences_apart_is_refused() -> None:
     with pytest.raises(Refusal, match="attention is eager"):
         other = tiny("qwen2", 64)
         other.set_attn_implementation("eager")
-        packing.prepare(other)
+        packed_rows.prepare(other)
 
 
 @given(case=cases(), chosen=st.integers(0, 2**16))
@@ -553,7 +560,7 @@ def test_what_teaches_nothing_stays_out_and_the_loss_is_the_same(trainer: Any, c
         hook.remove()
     assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_gradient(found[name], gradient)
     teaching = [(tokens, number) for moves, tokens, number in each if moves]
     silent = sorted((tokens, number) for moves, tokens, number in each if not moves)
     teaching += silent[: max(0, world.count - len(teaching))]  # each process has a pass
@@ -575,7 +582,7 @@ def test_a_reference_teaches_groups_without_spread_too(trainer: Any) -> None:
         packed, found, metrics = world.learn(case.budget)
     assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE) and loss != 0
     for name, each in expected.items():
-        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_gradient(found[name], each)
     assert set(metrics["completions/left_out_ratio"]) == {0.0}
 
 
@@ -601,7 +608,7 @@ def test_what_a_truncated_completion_was_is_not_learnt_from(trainer: Any) -> Non
         packed, found, _ = world.learn(case.budget)
     assert packed == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
     for name, each in expected.items():
-        torch.testing.assert_close(found[name], each, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_gradient(found[name], each)
 
 
 # --- whole runs
