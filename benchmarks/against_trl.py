@@ -129,6 +129,8 @@ class TurnFailed(Exception):
 
 
 def main() -> int:
+    # Asked to end, as by timeout, it ends what it has started, which has sessions of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     asked = _arguments()
     asked.out.mkdir(parents=True, exist_ok=True)
     machine = _machine(asked)

@@ -57,6 +57,62 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "1x0",
         ["top_entropy_quantile = 0.2", "depends on the pass", "set top_entropy_quantile: 1.0"],
     ),
+    "packing that is compiled": (
+        {"micro_batch_tokens": 4096, "torch_compile": True},
+        "1x0",
+        ["torch_compile = True", "compiled anew", "set torch_compile: false"],
+    ),
+    "packing with attention that the model is given": (
+        {"micro_batch_tokens": 4096, "model_init_kwargs": {"attn_implementation": "eager"}},
+        "1x0",
+        ["attn_implementation = 'eager'", "keep packed sequences apart"],
+    ),
+    "the best by transformers": (
+        {"load_best_model_at_end": True},
+        "1x0",
+        ["load_best_model_at_end = True", "keep_best: true"],
+    ),
+    "saving the best by transformers": (
+        {"save_strategy": "best"},
+        "1x0",
+        ["save_strategy = 'best'", "keep_best: true"],
+    ),
+    "a batch that is found": ({"auto_find_batch_size": True}, "1x0", ["auto_find_batch_size = True", "whole groups"]),
+    "another way to shard": ({"fsdp": "full_shard"}, "1x0", ["fsdp = 'full_shard'", "accelerate_config: zero3"]),
+    "a table that is not made": (
+        {"log_completions_hub_repo": "me/table"},
+        "1x0",
+        ["log_completions_hub_repo = 'me/table'", "log_completions: true"],
+    ),
+    "no reference to follow the policy": (
+        {"sync_ref_model": True, "beta": 0.0},
+        "1x0",
+        ["sync_ref_model = True", "with beta: 0 there is no reference model"],
+    ),
+    "an adapter's reference that follows it": (
+        {"sync_ref_model": True, "beta": 0.1, "use_peft": True},
+        "1x0",
+        ["sync_ref_model = True", "an adapter's reference is its base"],
+    ),
+    "vespo with ratios of sequences": (
+        {**SERVER, "loss_type": "vespo"},
+        "1x2",
+        ["vllm_importance_sampling_mode = 'sequence_mask'", "vespo", "token_truncate"],
+    ),
+    "bounds the wrong way round": (
+        {**SERVER, "vllm_importance_sampling_clip_min": 4.0},
+        "1x2",
+        ["vllm_importance_sampling_clip_min = 4.0", "not below vllm_importance_sampling_clip_max, 3"],
+    ),
+    "truncating at nothing": (
+        {
+            **SERVER,
+            "vllm_importance_sampling_mode": "token_truncate",
+            "vllm_importance_sampling_clip_max": None,
+        },
+        "1x2",
+        ["vllm_importance_sampling_clip_max: ", "token_truncate truncates ratios at it"],
+    ),
     "packing with Liger's layers": (
         {"micro_batch_tokens": 4096, "use_liger_kernel": True},
         "1x0",
@@ -520,7 +576,7 @@ BAD: dict[str, tuple[dict[str, object], str, list[str]]] = {
     "a key that nothing reads": (
         {"resume_from_checkpoint": "runs/x"},
         "1x0",
-        ["resume_from_checkpoint = 'runs/x'", "no effect here", "not built yet"],
+        ["resume_from_checkpoint = 'runs/x'", "no effect here", "--resume RUN"],
     ),
     "a split of a task that makes its own": (
         {"dataset_train_split": "test"},

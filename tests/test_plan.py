@@ -297,6 +297,9 @@ def test_an_accelerate_config_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("- a\n")
     with pytest.raises(recipe.RecipeError, match="cannot be read"):
         accelerate_config.read(tmp_path / "broken.yaml", loaded)
+    (tmp_path / "fsdp.yaml").write_text("distributed_type: FSDP\n")
+    with pytest.raises(recipe.RecipeError, match="distributed_type FSDP, which is not supported"):
+        accelerate_config.read(tmp_path / "fsdp.yaml", loaded)
 
 
 def test_collectives_wait_as_long_as_another_process_may_take() -> None:

@@ -25,6 +25,10 @@ BAD_DEEPSPEED = (
 GOOD_DEEPSPEED = "0.19.8"  # what the tests run with
 
 
+# In which weights are whole, or DeepSpeed's to gather, when they are published and saved.
+KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED")
+
+
 @dataclass(frozen=True)
 class AccelerateConfig:
     """What a plan must know of an accelerate config.
@@ -100,6 +104,9 @@ def read(path: Path, recipe: Recipe) -> AccelerateConfig:
         what = " ".join(str(error).split())
         raise recipe.fault("accelerate_config", f"{path} cannot be read: {what}", "mend the file") from error
     kind = str(content.get("distributed_type", "NO"))
+    if kind not in KINDS:
+        why = f"{path} has distributed_type {kind}, which is not supported"
+        raise recipe.fault("accelerate_config", why, f"one of {', '.join(KINDS)}; zero3 shards all there is to shard")
     uses_deepspeed = kind == "DEEPSPEED"
     return AccelerateConfig(
         path,

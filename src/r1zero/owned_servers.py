@@ -12,12 +12,11 @@ from pathlib import Path
 
 from r1zero.policy_server import ServerNotReady, wait_until_ready
 from r1zero.reporting.progress import duration
-from r1zero.serving import PUBLISH_FOLDER, TOKEN
+from r1zero.serving import MEMORY_FOLDER, PUBLISH_FOLDER, TOKEN
 from r1zero.supervisor import Supervisor
 from r1zero.watch import Client, Silent, Watch
 
 SOCKET_FOLDER = "VLLM_RPC_BASE_PATH"
-MEMORY_FOLDER = Path("/dev/shm")
 LEAST_MEMORY_BYTES = 2**30  # a container gets 64 MiB by default, which weights do not fit into
 
 

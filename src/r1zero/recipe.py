@@ -41,7 +41,8 @@ BASE = "base"  # the one key that is about the file and not about the run
 
 # Keys of TRL that would be read by nobody here: a run that ignored them would not be the run that was asked for.
 WITHOUT_EFFECT = {
-    "resume_from_checkpoint": "resuming is not built yet; to go on from a model, --model_name_or_path RUN/model",
+    "resume_from_checkpoint": "--resume RUN goes on with a run; --model_name_or_path RUN/model begins with its model",
+    "load_best_model_at_end": "keep_best: true keeps the model that measured best",
     "dataset_streaming": "leave it out: the data is read whole",
 }
 # Keys that only one reward reads.
@@ -55,6 +56,7 @@ UNPACKABLE = {
     "use_adaptive_entropy": "the entropy bonus is a mean over the tokens of a pass",
     "use_liger_kernel": "its kernels were not compared with packed rows",
     "router_aux_loss_coef": "the load of experts is balanced over the tokens of a pass",
+    "torch_compile": "nearly every packed row has other lengths, for which the model would be compiled anew",
 }
 # How the name of a model or dataset begins that is no hub id: runs/ is where this project lays models down.
 PATH_STARTS = (".", "/", "~", "runs/")
@@ -707,8 +709,47 @@ def _impossible(recipe: Recipe) -> Iterable[Fault]:
                 key, True, "quantized weights cannot be trained themselves", "add use_peft: true for an adapter"
             )
     yield from _impossible_packing(recipe)
+    yield from _refused_by_the_trainer(recipe)
     if own.method == "grpo":
         yield from _impossible_grpo(recipe)
+
+
+def _refused_by_the_trainer(recipe: Recipe) -> Iterable[Fault]:
+    """What TRL or transformers refuse themselves, or do otherwise than it reads, but only once the servers are up."""
+    if recipe["save_strategy"] == "best":
+        why = "the trainer measures nothing by itself, so it knows of no best"
+        yield Fault("save_strategy", "best", why, "use steps or epoch; keep_best: true keeps the best model")
+    if recipe["auto_find_batch_size"]:
+        why = "another batch would be another run: a batch holds whole groups, and a checkpoint continues its own"
+        yield Fault("auto_find_batch_size", True, why, "drop it; the plan says what fits")
+    if recipe["fsdp"]:
+        why = "is not supported: weights are published and saved as DeepSpeed's ZeRO shards them"
+        yield Fault("fsdp", recipe["fsdp"], why, "use accelerate_config: zero3")
+    if recipe.own.method != "grpo":
+        return
+    if recipe["log_completions_hub_repo"] is not None and not recipe["log_completions"]:
+        why = "without log_completions no table of them is made"
+        yield Fault(
+            "log_completions_hub_repo", recipe["log_completions_hub_repo"], why, "add log_completions: true, or drop it"
+        )
+    if recipe["sync_ref_model"] and (recipe["beta"] == 0 or recipe["use_peft"]):
+        why = (
+            "with beta: 0 there is no reference model" if recipe["beta"] == 0 else "an adapter's reference is its base"
+        )
+        yield Fault("sync_ref_model", True, f"{why}, and so nothing to follow the policy", "drop sync_ref_model")
+    if not (recipe["use_vllm"] and recipe["vllm_importance_sampling_correction"]):
+        return
+    mode = recipe["vllm_importance_sampling_mode"]
+    least, most = (recipe[f"vllm_importance_sampling_clip_{end}"] for end in ("min", "max"))
+    if recipe["loss_type"] == "vespo" and not mode.startswith("token_"):
+        why = "loss_type: vespo takes a ratio for each token"
+        yield Fault("vllm_importance_sampling_mode", mode, why, "use token_truncate")
+    if least is not None and most is not None and least >= most:
+        why = f"is not below vllm_importance_sampling_clip_max, {most:g}"
+        yield Fault("vllm_importance_sampling_clip_min", least, why, "lower it, or drop it: no ratio is raised then")
+    if mode.endswith("_truncate") and least is None and most is None:
+        why = f"vllm_importance_sampling_mode: {mode} truncates ratios at it"
+        yield Fault("vllm_importance_sampling_clip_max", None, why, "3.0 is TRL's default")
 
 
 def _impossible_data(recipe: Recipe) -> Iterable[Fault]:
@@ -914,10 +955,14 @@ def _impossible_packing(recipe: Recipe) -> Iterable[Fault]:
         if recipe.library.get(key, legal[key].default) != legal[key].default:
             fine = or_without(f"{key}: {json.dumps(legal[key].default)}")
             yield Fault(key, recipe[key], f"with micro_batch_tokens: {why}", fine)
-    if recipe["attn_implementation"] not in PACKABLE_ATTENTION:
+    # As the model gets it: TRL's own key for anything at all comes after ours.
+    attention, init = recipe["attn_implementation"], recipe["model_init_kwargs"]
+    if isinstance(init, dict):
+        attention = init.get("attn_implementation", attention)
+    if attention not in PACKABLE_ATTENTION:
         why = "was not shown to keep packed sequences apart"
         known = ", ".join(name for name in PACKABLE_ATTENTION if name)
-        yield Fault("attn_implementation", recipe["attn_implementation"], why, f"leave it out, or one of: {known}")
+        yield Fault("attn_implementation", attention, why, f"leave it out, or one of: {known}")
 
 
 def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:

@@ -10,7 +10,7 @@ _MIXTURE = "set task and dataset_name for one dataset, or list several, with the
 _COSINE = "there is no cosine reward here; name another in reward_funcs, or module:function of your own"
 _CODE = "code execution is not a task here; leave the key out, or name one of our tasks in task"
 _TPU = "TPUs are not supported; leave the key out"
-_FSDP = "write it into fsdp_config, or name an accelerate_config"
+_FSDP = "FSDP is not supported: use accelerate_config: zero3"
 _ACCELERATE = "it belongs to accelerate: leave it out, trainer_gpus says how many processes train"
 
 REMOVED: dict[str, str] = {

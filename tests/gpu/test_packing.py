@@ -117,10 +117,10 @@ def test_shared_prompts_are_repeated_ones(family: str, half: bool, monkeypatch: 
     said, gradients = [], []
     for sharing in ((), ("cuda",)):
         monkeypatch.setattr(packed_rows, "SHARING", sharing)
+        packed_rows.require_apart(
+            model, torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16, enabled=half)
+        )
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            packed_rows.require_apart(
-                model, torch.device("cuda"), lambda: torch.autocast("cuda", torch.bfloat16, enabled=half)
-            )
             tokens.clear()
             (logps, _), _ = scores(model, lengths, 4)
         assert tokens[0] == sum(map(sum, lengths)) - (3 * 69 + 3 * 1 if sharing else 0)

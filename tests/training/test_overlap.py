@@ -28,6 +28,7 @@ from r1zero.run_folder import RunFolder, read_json, write_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
 from r1zero.training.next_window import NextWindow, packed
 from r1zero.training.stopping import StopRequest
+from r1zero.training.trainer import PolicyTrainer
 from tests.conftest import PROJECT
 from tests.training import resuming
 from tests.training.conftest import rows, write_recipe
@@ -406,13 +407,47 @@ def test_without_time_for_it_the_window_is_given_up_and_that_is_said(
     code, _, err = in_process(made, folder.path)
     assert (code, read_json(folder.summary)["step"]) == (0, 3), err
     (alert,) = (line for line in folder.read_metrics() if line["kind"] == "alert")
-    assert "there was no time to wait for the completions of the next window" in alert["message"]
+    assert "the completions of the next window were not there, and there was no time" in alert["message"]
     monkeypatch.undo()
     folder.stop.unlink()
     (server.place / "delay").unlink()
     code, _, err = in_process(made, folder.path, "--resume", folder.checkpoints / "checkpoint-3")
     assert code == 0, err
     assert labels(folder) == [*LABELS[:3], (4, 3), (5, 3), (6, 4)]
+
+
+def test_a_window_that_will_not_come_does_not_cost_the_checkpoint(
+    server: Served, recipe: Callable[..., Path], tmp_path: Path, in_process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails is found by the save after the second step; the third step's window is asked for anew."""
+    wait, under_way, saving = NextWindow.wait, PolicyTrainer.under_way, [0]
+
+    def fails(self: NextWindow, seconds: float) -> bool:
+        if saving[-1] == 2:
+            raise PolicyServerError("http://here", "POST /v1/completions", "gone")
+        return wait(self, seconds)
+
+    def look(self: PolicyTrainer) -> dict[str, Any]:
+        saving.append(self.state.global_step)
+        try:
+            return under_way(self)
+        finally:
+            saving.append(0)
+
+    monkeypatch.setattr(NextWindow, "wait", fails)
+    monkeypatch.setattr(PolicyTrainer, "under_way", look)
+    code, folder, err = in_process(recipe(server, save_steps=2, max_steps=4), tmp_path / "run")
+    assert code == 0, err
+    (alert,) = (line for line in folder.read_metrics() if line["kind"] == "alert")
+    said = "the completions of the next window will not come (policy server at http://here: POST /v1/completions: gone)"
+    assert said in alert["message"]
+    assert labels(folder) == [*LABELS[:2], (3, 2), (4, 2)]
+    (tmp_path / "again").mkdir()
+    checkpoint = as_killed_after(folder, 2, tmp_path / "again")
+    monkeypatch.undo()
+    code, again, err = in_process(recipe(server, save_steps=2, max_steps=4), tmp_path / "again", "--resume", checkpoint)
+    assert code == 0, err
+    assert_same_run(folder, again)
 
 
 # --- the guard

@@ -26,7 +26,7 @@ from r1zero.restarts import Refusal
 from r1zero.run_folder import RunFolder
 from r1zero.tasks.verifier import Verifier
 from r1zero.training import arguments, packed_rows
-from r1zero.training.filling import Pool, Prompt, fill
+from r1zero.training.filling import Pool, Prompt, fill, teaching
 from r1zero.training.packing import PackedPasses
 from r1zero.training.recorder import Recorder
 from r1zero.training.trainer import PolicyTrainer, without_spread
@@ -57,6 +57,23 @@ def test_every_sequence_comes_once_and_all_have_equally_many_passes(data: Any, s
         assert sorted(place for places in micro_batches for place in places) == list(range(count))
         for places in micro_batches:
             assert len(places) == 1 or sum(pool[place] for place in places) <= budget
+
+
+@given(data=st.data(), shares=st.integers(1, 8), budget=st.integers(1, 60))
+@settings(deadline=None)
+def test_whoever_is_left_out_the_budget_holds(data: Any, shares: int, budget: int) -> None:
+    count = shares * data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
+    learnt = [data.draw(st.integers(0, length)) for length in lengths]
+    moves = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    kept = teaching(lengths, learnt, moves, shares)
+    assert {place for place in range(count) if moves[place] and learnt[place]} <= set(kept)
+    if any(learnt):
+        assert any(learnt[place] for place in kept), "something is said of them"
+    ((*passes,),) = fill([[lengths[place] for place in kept]], shares, budget)
+    for places in (places for each in passes for places in each):
+        assert places
+        assert len(places) == 1 or sum(lengths[kept[place]] for place in places) <= budget
 
 
 @given(data=st.data(), shares=st.integers(1, 4), budget=st.integers(1, 90))
@@ -563,7 +580,8 @@ def test_what_teaches_nothing_stays_out_and_the_loss_is_the_same(trainer: Any, c
         assert_gradient(found[name], gradient)
     teaching = [(tokens, number) for moves, tokens, number in each if moves]
     silent = sorted((tokens, number) for moves, tokens, number in each if not moves)
-    teaching += silent[: max(0, world.count - len(teaching))]  # each process has a pass
+    # Each process has a pass, and all have equally many sequences to choose from.
+    teaching += silent[: max(1, math.ceil(len(teaching) / world.count)) * world.count - len(teaching)]
     whole = sum(tokens for tokens, _ in teaching)
     if not case.shares:
         assert sum(rows) == whole

@@ -44,6 +44,30 @@ class Pool:
         return self.lengths[place] - self.prompts[place].shared
 
 
+def teaching(lengths: Sequence[int], learnt: Sequence[int], moves: Sequence[int], shares: int) -> list[int]:
+    """Places of the sequences that change the weights, and of as many others as make a multiple of `shares`.
+
+    A sequence without an advantage adds nothing to the policy's loss, and one without tokens to learn from nothing to
+    any. What the loss is divided by does not depend on who is left out. The others are the shortest of those that have
+    tokens of which something can be said: each share of a pass must have one, and none has to take two for that.
+
+    >>> teaching([9, 9, 4, 7], learnt=[5, 5, 1, 0], moves=[1, 0, 0, 1], shares=2)
+    [0, 2]
+
+    Args:
+        lengths: of the sequences, tokens.
+        learnt: of them, to learn from.
+        moves: by sequence, whether it adds to the loss at all.
+        shares: processes among which they are divided.
+    """
+    moving = [place for place, (tokens, moved) in enumerate(zip(learnt, moves, strict=True)) if tokens and moved]
+    others = sorted(
+        set(range(len(lengths))) - set(moving), key=lambda place: (not learnt[place], lengths[place], place)
+    )
+    count = max(1, math.ceil(len(moving) / shares)) * shares
+    return sorted(moving + others[: count - len(moving)])
+
+
 def fill(
     pools: Sequence[Sequence[int]], shares: int, budget: int, prompts: Sequence[Sequence[Prompt]] | None = None
 ) -> list[list[list[list[int]]]]:

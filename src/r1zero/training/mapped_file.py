@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from r1zero.serving import MEMORY_FOLDER
+
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors calls them
 ENTRY_BYTES = 160  # at most, of a tensor in the header, its name aside
 PAGE = 4096
@@ -61,6 +63,7 @@ class MappedFile(HostCopy):
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.path = path
+        self._in_memory = path.absolute().is_relative_to(MEMORY_FOLDER)
         self._header = 0  # bytes before the tensors
         self._pinned: int | None = None  # where, in memory
 
@@ -88,6 +91,9 @@ class MappedFile(HostCopy):
             raise ValueError(f"{self.path}: the names of its tensors take {len(written)} bytes of {self._header - 8}")
         with self.path.open("r+b") as file:
             file.write(len(written).to_bytes(8, "little") + written)
+            if not self._in_memory:
+                file.flush()
+                os.fsync(file.fileno())  # for servers on other machines
 
     def close(self) -> None:
         """Delete the file and give its memory back."""
@@ -105,8 +111,9 @@ class MappedFile(HostCopy):
             # Where space were taken only as it is written to, a full disk would be a SIGBUS.
             os.posix_fallocate(file.fileno(), 0, whole)
         mapped = torch.from_file(str(self.path), shared=True, size=whole, dtype=torch.uint8)
-        if on_gpu:
-            # Where the system does not allow it, copies are only slower.
+        if on_gpu and self._in_memory:
+            # Where the system does not allow it, copies are only slower. On a disk a GPU must not write into a file's
+            # pages: the system would not know that they have changed, and another machine not get them.
             with suppress(RuntimeError):
                 torch.cuda.check_error(_cuda().cudaHostRegister(mapped.data_ptr(), whole, 0))
                 self._pinned = mapped.data_ptr()

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from r1zero.training.filling import Prompt, fill
+from r1zero.training.filling import Prompt, fill, teaching
 from r1zero.training.packed_rows import log_probabilities, prepare, prompts_of, require_apart, shares_prompts
 
 # Loss types that are a mean over the sequences of a pass; the others that can be packed are a sum over tokens, divided
@@ -111,11 +111,11 @@ class PackedPasses(Trainer):  # type: ignore[misc]
             ]
         ).tolist()
         assert self.micro_batch_tokens is not None  # noqa: S101 - its caller knows
-        teaching = _teaching(lengths, learnt, moves, world)
-        self._metrics["train"]["completions/left_out_ratio"].append(1 - len(teaching) / len(lengths))
-        begun = [Prompt(*(values[place] for values in of_prompts)) for place in teaching]
-        ((*passes,),) = fill([[lengths[place] for place in teaching]], world, self.micro_batch_tokens, [begun])
-        passes = [[[teaching[number] for number in numbers] for numbers in shares] for shares in passes]
+        kept = teaching(lengths, learnt, moves, world)
+        self._metrics["train"]["completions/left_out_ratio"].append(1 - len(kept) / len(lengths))
+        begun = [Prompt(*(values[place] for values in of_prompts)) for place in kept]
+        ((*passes,),) = fill([[lengths[place] for place in kept]], world, self.micro_batch_tokens, [begun])
+        passes = [[[kept[number] for number in numbers] for numbers in shares] for shares in passes]
         made = []
         for shares in passes:
             # Metrics are gathered, which wants as many sequences of every process: some may be empty.
@@ -133,10 +133,8 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         if value.ndim == 0:
             return value
         if value.ndim == 2:
-            # A ratio of one is none: the loss vespo multiplies those of padding too.
-            nothing = 1 if name == "importance_sampling_ratio" else 0
             first = name.startswith("prompt_")
-            value = self.accelerator.pad_across_processes(value, dim=1, pad_index=nothing, pad_first=first)
+            value = self.accelerator.pad_across_processes(value, dim=1, pad_index=_padding_of(name), pad_first=first)
         gathered: torch.Tensor = self.accelerator.gather(value)
         return gathered
 
@@ -147,13 +145,14 @@ class PackedPasses(Trainer):  # type: ignore[misc]
             by_pass = values[first:]
             if len(by_pass) != len(tokens):
                 continue
-            numbers = [(value, count) for value, count in zip(by_pass, tokens, strict=True) if not math.isnan(value)]
+            said = zip(by_pass, tokens, strict=True)
+            numbers = [(value, count) for value, count in said if count and not math.isnan(value)]
             if not numbers:
                 merged = math.nan
             elif name.endswith(("_min", "_max")):
                 merged = (min if name.endswith("_min") else max)(value for value, _ in numbers)
             else:
-                merged = sum(value * count for value, count in numbers) / max(1, sum(count for _, count in numbers))
+                merged = sum(value * count for value, count in numbers) / sum(count for _, count in numbers)
             values[first:] = [merged]
 
     def packed_log_probabilities(
@@ -187,18 +186,9 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         return logps, torch.cat(entropies)[back] if entropies else None
 
 
-def _teaching(lengths: Sequence[int], learnt: Sequence[int], moves: Sequence[int], least: int) -> list[int]:
-    """Places of the sequences that change the weights, and as many more, the shortest, as make `least`.
-
-    A sequence without an advantage adds nothing to the policy's loss, and one without tokens to learn from nothing to
-    any. What the loss is divided by does not depend on who is left out.
-
-    >>> _teaching([9, 9, 4, 7], learnt=[5, 5, 1, 0], moves=[1, 0, 0, 1], least=2)
-    [0, 2]
-    """
-    moving = [place for place, (tokens, moved) in enumerate(zip(learnt, moves, strict=True)) if tokens and moved]
-    others = sorted(set(range(len(lengths))) - set(moving), key=lambda place: (lengths[place], place))
-    return sorted(moving + others[: max(0, least - len(moving))])
+def _padding_of(name: str) -> int:
+    """What one of the batch's tensors has where nothing is. A ratio of one is none: vespo multiplies all of them."""
+    return 1 if name == "importance_sampling_ratio" else 0
 
 
 def _joined(slices: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -211,12 +201,13 @@ def _joined(slices: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _chosen(batch: Mapping[str, torch.Tensor], places: Sequence[int], rows: int) -> MicroBatch:
-    """Some sequences of a batch, and empty ones after them up to `rows`."""
+    """Some sequences of a batch, and empty ones after them up to `rows`; a ratio of one is none."""
     chosen = MicroBatch()
     for name, value in batch.items():
         if value.ndim == 0:
             chosen[name] = value
             continue
         taken = value[torch.tensor(places, device=value.device)]
-        chosen[name] = torch.cat([taken, taken.new_zeros((rows - len(places), *taken.shape[1:]))])
+        nothing = taken.new_full((rows - len(places), *taken.shape[1:]), _padding_of(name))
+        chosen[name] = torch.cat([taken, nothing])
     return chosen

@@ -507,7 +507,8 @@ class VllmWire:
 
         if device.type != "cuda":
             raise PublishError(f"publish = 'nccl' needs a GPU, and the trainer is on {device.type}; set it to auto")
-        self._device = device
+        # accelerate's device of a single process has no number, and a thread is not told the current one.
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._stateful = is_vllm_available(min_version="0.28.0")
         self._group: Any = None
         packed = {"packed": True}

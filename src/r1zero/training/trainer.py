@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
-from r1zero.policy_client import Rollout
+from r1zero.policy_client import PolicyServerError, Rollout
 from r1zero.tasks.prompts import chat_arguments
 from r1zero.tasks.rewards import text_of
 from r1zero.tasks.verifier import Verdict, Verifier
@@ -35,9 +35,10 @@ from r1zero.training.stopping import LOOK_S, any_rank
 
 LENGTH_QUANTILES = (0.1, 0.5, 0.9)
 GIVEN_UP = (
-    "there was no time to wait for the completions of the next window: a run that goes on from here asks for them "
-    "anew, of the newest policy, and is not exactly the one that never stopped; more preemption_grace prevents that"
+    "the completions of the next window {}: a run that goes on from here asks for them anew, of the newest policy, and "
+    "is not exactly the one that never stopped"
 )
+NO_TIME = "were not there, and there was no time to wait for them, of which more preemption_grace leaves more"
 
 
 class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, PackedPasses):  # type: ignore[misc]
@@ -258,17 +259,25 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
                 return
 
     def under_way(self) -> dict[str, Any]:
-        """The next window, with all its completions. Where the time to stop is too short for them they are given up."""
+        """The next window, with all its completions. They are given up where the time to stop is too short for them, or
+        where they will not come: what was learnt so far can be saved all the same."""
+        failure: PolicyServerError | None = None
         while self.next_window is not None:
+            waiting = True
             with self.clock.phase("wait"):
-                waiting = not self.next_window.wait(LOOK_S)
-                pressing, waiting = any_rank(self.accelerator, self.stop_request.pressing(), waiting)
+                try:
+                    waiting = not self.next_window.wait(LOOK_S)
+                except PolicyServerError as error:
+                    failure = error
+                pressing = self.stop_request.pressing()
+                pressing, failed, waiting = any_rank(self.accelerator, pressing, failure is not None, waiting)
             if not waiting:
                 return {"next_window": self.next_window.state()}
-            if pressing:
+            if pressing or failed:
                 self.next_window.cancel()
                 self.next_window = None
-                self.recorder.alert(self.state.global_step, GIVEN_UP)
+                why = "will not come" + (f" ({failure})" if failure else "") if failed else NO_TIME
+                self.recorder.alert(self.state.global_step, GIVEN_UP.format(why))
         return {}
 
     def _publish(self) -> None:
