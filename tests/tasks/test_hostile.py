@@ -202,6 +202,7 @@ def test_every_way_of_grading_lives_through_them(answer_format: str, answer_matc
                 assert time.monotonic() - began <= WALL_S, completion[:100]
 
 
+@pytest.mark.alone
 def test_as_golds_they_are_checked_in_time(watch: Watch) -> None:
     golds = [hostile.text.replace("§", str(next(_numbers))) for hostile in HOSTILE.values()]
     with Verifier() as verifier:
