@@ -32,6 +32,7 @@ from r1zero.training.rollouts import InProcessRollouts, Rollouts
 from r1zero.training.sampler import WindowSampler
 from r1zero.training.stop_strings import StopStrings
 from r1zero.training.stopping import LOOK_S, any_rank
+from r1zero.training.zero3 import gather_head_with_model
 
 LENGTH_QUANTILES = (0.1, 0.5, 0.9)
 GIVEN_UP = (
@@ -141,6 +142,10 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
         names = ("num_generations", "steps_per_generation", "num_iterations")
         own = {"max_staleness": self.max_staleness}
         return super().facts() | {name: getattr(self.args, name) for name in names} | own
+
+    def restore(self) -> None:
+        gather_head_with_model(self.accelerator.unwrap_model(self.model_wrapped))
+        super().restore()
 
     def between_steps(self) -> dict[str, Any]:
         return super().between_steps() | {
