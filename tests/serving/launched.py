@@ -268,7 +268,8 @@ class _Onlooker(ExitStack):
         for each in [process for process, first in self.seen.items() if first < recorded]:
             with suppress(psutil.NoSuchProcess):
                 lives = each.is_running() and each.status() != psutil.STATUS_ZOMBIE
-                if lives and WARDEN not in (words := " ".join(each.cmdline())):
+                words = " ".join(each.cmdline())  # empty: killed, and the system is taking its memory apart
+                if lives and words and WARDEN not in words:
                     self.orphans.append(f"{each.pid} {words[:200]}")
 
     def _publish_folder(self) -> str:

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOTrainer
 
-from r1zero.policy_client import PolicyServerError, Rollout
+from r1zero.policy_client import PolicyServerError, Rollout, WrongPolicyVersion
 from r1zero.tasks.prompts import chat_arguments
 from r1zero.tasks.rewards import text_of
 from r1zero.tasks.verifier import Verdict, Verifier
@@ -264,14 +264,22 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
                 return
 
     def under_way(self) -> dict[str, Any]:
-        """The next window, with all its completions. They are given up where the time to stop is too short for them, or
-        where they will not come: what was learnt so far can be saved all the same."""
+        """The next window, with all its completions.
+
+        They are given up where the time to stop is too short for them, or where they will not come: what was learnt so
+        far can be saved all the same.
+
+        Raises:
+            WrongPolicyVersion: they are not of the policy that was published.
+        """
         failure: PolicyServerError | None = None
         while self.next_window is not None:
             waiting = True
             with self.clock.phase("wait"):
                 try:
                     waiting = not self.next_window.wait(LOOK_S)
+                except WrongPolicyVersion:
+                    raise
                 except PolicyServerError as error:
                     failure = error
                 pressing = self.stop_request.pressing()
