@@ -97,6 +97,23 @@ def shares(server: float, trainer: float) -> Any:
     return pytest.approx({"idle/server": server, "idle/trainer": trainer})
 
 
+def test_what_servers_do_while_processes_wait_for_each_other_is_of_the_next_step(run_with: Callable[..., Run]) -> None:
+    """The others are 2 s late with what they know, in the trainer's 8 s beside a server that is never idle."""
+    run = run_with()
+
+    def late(own: list[Account]) -> list[Account]:
+        run.times.passes(2)
+        return own
+
+    run.clock.watch(run.client.busy, late)
+    tickets = run.ask()
+    run.times.passes(8)
+    assert run.idle() == shares(0, 0)
+    run.times.passes(6)
+    assert run.idle() == shares(0, 0)
+    run.collect(tickets, 0)
+
+
 def test_turn_by_turn_one_of_the_two_is_idle(run_with: Callable[..., Run]) -> None:
     """The server also while a version is published and probed, which is no generating, and then the trainer is not."""
     run = run_with()

@@ -74,16 +74,17 @@ class Clock:
         seconds |= self._idle(total)
         self._seconds.clear()
         self._since = now
-        self._forget_busy()
         return seconds
 
     def _idle(self, total: float) -> dict[str, float]:
         self._keep_busy()
-        if self._kept is None:
+        known = self._kept
+        self._forget_busy()  # before processes wait for each other: what servers do then is of the next reading
+        if known is None:
             return {}
         waited = sum(self._seconds.get(name, 0.0) for name in WAITING)
         # From the end, at which the processes have just met: their clocks, and what they left out, may differ.
-        busy = [[(total - end, total - begin) for begin, end in server] for server in self._kept]
+        busy = [[(total - end, total - begin) for begin, end in server] for server in known]
         return idle.shares(self._gather([idle.Account(total, waited, busy)]))
 
     def _keep_busy(self) -> None:
