@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from r1zero import hardware, library_keys, plan, recipe, run_folder
+from r1zero import hardware, library_keys, plan, recipe, recipe_faults, run_folder
 from r1zero.removed_keys import REMOVED
 from tests.conftest import PROJECT
 
@@ -133,7 +133,7 @@ def test_a_public_recipe_is_told_every_key_that_is_gone_at_once(path: Path) -> N
 
 @pytest.mark.parametrize("path", PUBLIC, ids=lambda path: path.stem)
 def test_a_public_recipe_loads_once_those_keys_are_out(path: Path, tmp_path: Path) -> None:
-    out = {*REMOVED, *recipe.WITHOUT_EFFECT, "reward_funcs", "reward_weights"}  # theirs have other names
+    out = {*REMOVED, *recipe_faults.WITHOUT_EFFECT, "reward_funcs", "reward_weights"}  # theirs have other names
     left = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in out}
     (tmp_path / "left.yaml").write_text(yaml.safe_dump(left))
     loaded = recipe.load(tmp_path / "left.yaml")
