@@ -511,6 +511,7 @@ class VllmWire:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._stateful = is_vllm_available(min_version="0.28.0")
         self._group: Any = None
+        self._stream = torch.cuda.Stream(self._device)
         packed = {"packed": True}
         self.init_info: Mapping[str, Any] = packed if self._stateful else {}
         self.update_info: Mapping[str, Any] = {} if self._stateful else packed
@@ -536,14 +537,14 @@ class VllmWire:
                 iterator=tensors, group=self._group, src=0, post_iter_func=lambda item: item[1]
             )
         else:
-            from vllm.distributed.weight_transfer.nccl_engine import (
-                NCCLTrainerSendWeightsArgs,
-                NCCLWeightTransferEngine,
-            )
+            # vLLM's producer takes new streams for each call, and the allocator keeps what each of them has used: with
+            # 32 streams up to 32 times a bucket. So the same chunks leave on one stream of ours.
+            from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES, pack_tensors
 
-            NCCLWeightTransferEngine.trainer_send_weights(
-                iterator=tensors, trainer_args=NCCLTrainerSendWeightsArgs(group=self._group, packed=True)
-            )
+            with torch.cuda.stream(self._stream):
+                while chunk := pack_tensors(tensors, lambda item: item[1], DEFAULT_PACKED_BUFFER_SIZE_BYTES):
+                    self._group.broadcast(chunk.packed_tensor, src=0, stream=self._stream)
+            self._stream.synchronize()
 
     def close(self) -> None:
         if self._group is not None:
