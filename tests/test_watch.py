@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from r1zero import watch
-from r1zero.policy_client import PolicyServerError
+from r1zero.policy_client import PolicyServerError, PolicyServerUnreachable
 from r1zero.watch import Silent, Watch
 
 SILENCE_S, PUBLISH_S = 0.6, 1.5
@@ -159,6 +159,23 @@ def test_a_server_that_answers_nothing_amid_an_update_is_named_before_the_update
     assert said is not None and said.startswith("did not answer for 0.6 s, amid an update: ")
     assert "GET /policy: the connection failed" in said
     assert time.monotonic() - began < PUBLISH_S
+
+
+@pytest.mark.parametrize("cause", [ConnectionRefusedError(), ConnectionResetError()])
+def test_a_server_that_listens_no_more_is_named_before_it_was_silent_for_long(cause: OSError) -> None:
+    """As when its engine is killed: it closes its port and waits for its last connections. A broken one proves less."""
+
+    class Closed(Server):
+        def policy(self, url: str) -> dict[str, Any]:
+            if self.asked > 2:
+                raise PolicyServerUnreachable(url, "GET /policy", "the connection failed") from cause
+            return super().policy(url)
+
+    began = time.monotonic()
+    said = watched(Closed(), 20)
+    assert said is not None
+    assert said.startswith("listens no more: ") == isinstance(cause, ConnectionRefusedError)
+    assert (time.monotonic() - began < SILENCE_S) == isinstance(cause, ConnectionRefusedError)
 
 
 def test_one_server_that_hangs_is_named_among_others() -> None:

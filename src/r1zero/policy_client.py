@@ -98,8 +98,14 @@ class WrongPolicyVersion(PolicyServerError):
         self.expected, self.got = expected, got
 
 
-class _Unreachable(PolicyServerError):
+class PolicyServerUnreachable(PolicyServerError):
     """No connection, or one that broke: asking again may help."""
+
+    @property
+    def nobody_listens(self) -> bool:
+        """Whether the machine said that no process listens there, which one that is merely busy never does."""
+        error = self.__cause__
+        return isinstance(getattr(error, "os_error", error), ConnectionRefusedError)
 
 
 class TicketCancelled(Exception):
@@ -550,7 +556,7 @@ class PolicyClient:
                 for pause_s, call in zip(PAUSES_S, calls[:-1], strict=False):
                     try:
                         return await self._ask(call)
-                    except _Unreachable:
+                    except PolicyServerUnreachable:
                         pass
                     except PolicyServerRefused as error:
                         if error.status not in PASSING:
@@ -576,7 +582,7 @@ class PolicyClient:
                             why = f"its answer is longer than the {call.most_bytes} bytes that it could need"
                             raise PolicyServerError(call.url, call.route, why)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-            raise _Unreachable(call.url, call.route, f"the connection failed ({_named(error)})") from error
+            raise PolicyServerUnreachable(call.url, call.route, f"the connection failed ({_named(error)})") from error
         except aiohttp.ClientError as error:
             raise PolicyServerError(call.url, call.route, f"no answer in HTTP ({_named(error)})") from error
         if response.status != 200:

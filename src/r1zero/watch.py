@@ -1,7 +1,8 @@
 """Whether the policy servers are alive while the trainer works. The supervisor sees a death; this sees a silence.
 
 Alive is a server whose engine makes tokens: one that made some since the last look (its policy route counts them) has
-proved it under whatever load; one that made none is asked for one.
+proved it under whatever load; one that made none is asked for one. Dead is one that listens no more: vLLM, whose engine
+was killed, closes its port and then waits for its last connections, for minutes where an update of weights hangs.
 """
 
 import threading
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from r1zero.policy_client import TRIES, PolicyServerError
+from r1zero.policy_client import TRIES, PolicyServerError, PolicyServerUnreachable
 
 LOOK_S = 3.0  # between two looks at one server
+CLOSED_LOOKS = 2  # in a row that find nobody listening
 PAUSED_S = 5.0  # after so long without a `check`, this process itself was stopped, and its clocks tell nothing
 
 
@@ -105,6 +107,7 @@ class _Server(threading.Thread):
         self._tokens: int | None = None
         self._own_tokens = 0  # those that it may have made for us since the last look
         self._updating = False
+        self._closed_looks = 0
         self._why = "it has not answered"
         self.excuse()
 
@@ -115,6 +118,8 @@ class _Server(threading.Thread):
         self._alive_until = self._answered + self._allowed_s
 
     def check(self, now: float) -> None:
+        if self._closed_looks >= CLOSED_LOOKS:
+            raise Silent(self._server, f"listens no more: {self._why}")
         if self._updating and now > self._answered + self._silence_s:  # its doors answer during an update too
             raise Silent(self._server, f"did not answer for {self._silence_s:g} s, amid an update: {self._why}")
         if now > self._alive_until:
@@ -125,8 +130,11 @@ class _Server(threading.Thread):
         while not self._over.wait(LOOK_S):
             try:
                 self._look()
+                self._closed_looks = 0
             except PolicyServerError as error:
                 self._why = str(error)
+                closed = isinstance(error, PolicyServerUnreachable) and error.nobody_listens
+                self._closed_looks = self._closed_looks + 1 if closed else 0
             except Exception as error:  # noqa: BLE001 - an answer that nobody foresaw is no proof of life, and no end of the watch
                 self._why = f"{type(error).__name__}: {error}"
 
