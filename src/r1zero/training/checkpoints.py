@@ -25,6 +25,7 @@ from r1zero.training.alarm import StopAlarms
 from r1zero.training.clock import Clock, StepRecorder
 from r1zero.training.recorder import Recorder
 from r1zero.training.stopping import StopRequest, any_rank
+from r1zero.training.zero3 import restore_rotary_frequencies
 
 PROGRESS = "progress_{}.pt"  # what lies between two steps, of each rank
 CAUSE_S = 30.0  # the process that gave a checkpoint up has said why by then, and its end ends the others
@@ -38,7 +39,7 @@ torch.serialization.register_package(
 class ResumableTrainer(Trainer):  # type: ignore[misc]
     """What a trainer of ours has in common with the others: it is recorded, can be stopped, and goes on exactly.
 
-    Mixed in before TRL's trainer. `begin_recording` comes after its `__init__`.
+    Mixed in before TRL's trainer. `begin_recording` comes after `__init__`.
 
     Attributes:
         recorder: where metrics go.
@@ -65,6 +66,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     _stopping = False
     at_step_end: Callable[[int], None] | None = None
     _ended_step = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        restore_rotary_frequencies(self.model)
+        if getattr(self, "ref_model", None) is not None:
+            restore_rotary_frequencies(self.ref_model)
 
     def begin_recording(self, recorder: Recorder) -> None:
         """Make each step known to `recorder`, and look at each step's end whether to stop."""
