@@ -132,11 +132,28 @@ def steps_of(count: int = RECENT, **metrics: Any) -> list[Mapping[str, Any]]:
         ({"lora_dropout": 0.1, "use_peft": True}, {"probe/difference": 0.095}, "lora_dropout: 0.1 -> 0"),
         ({"fp16": True}, {"sampling/sampling_logp_difference/mean": 0.2}, "fp16: true -> false"),
         ({}, {"sampling/sampling_logp_difference/mean": 0.2}, "bf16: true -> false"),
+        # A 7B shape on four H200s, whose positions were rounded to bf16; and what rounding alone may come to.
+        (
+            {},
+            {"sampling/sampling_logp_difference/mean": 0.374, "sampling/importance_sampling_ratio/mean": 2e-7},
+            "bf16: true -> false",
+        ),
+        (
+            {},
+            {
+                "sampling/sampling_logp_difference/mean": 0.03,
+                "sampling/importance_sampling_ratio/mean": 0.01,
+                "completions/mean_length": 8000.0,
+            },
+            "vllm_importance_sampling_mode: sequence_mask -> token_truncate",
+        ),
     ],
 )
 def test_server_and_trainer_that_differ(keys: dict[str, Any], metrics: dict[str, float], remedy: str) -> None:
     found = doctor.examine(Signs({**GPU, **keys}, steps_of(**metrics)))
     assert [each.name for each in found] == ["logprob_mismatch"] and found[0].remedy.startswith(remedy)
+    ignored = metrics.get("sampling/importance_sampling_ratio/mean", 1.0) < ailments.UNLEARNT_RATIO
+    assert found[0].severity == ("broken" if ignored else "hindered")
 
 
 def test_server_and_trainer_as_healthy_gpu_runs_had_them() -> None:

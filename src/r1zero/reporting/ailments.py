@@ -38,6 +38,7 @@ GREW = 1.5  # of the length at the start
 CERTAIN = 3.0  # standard errors: one healthy run in some 700 looks so by chance
 FLAT_STEPS = 30  # before that a slow start looks the same
 LOGPROB_DIFFERENCE = 0.1  # nats a token between server and trainer; healthy runs on two H200: 0.017 to 0.037
+UNLEARNT_RATIO = 0.05  # trainer over server, of whole completions; 768 tokens at 0.02 nats had 0.82 to 0.89 on H200s
 NEAR_TOLERANCE = 0.9  # of probe_tolerance; runs of three cold starts on H200s had up to 0.084 of 0.1 nats
 PUBLISH_SHARE = 0.25  # of a step; healthy runs: 0.03 (one GPU) to 0.1
 GRADING_SHARE = 0.25  # of a step; 512 completions took 0.02 of it
@@ -208,12 +209,22 @@ def _nan(signs: Signs) -> Sign | None:
 def _logprob_mismatch(signs: Signs) -> Sign | None:
     tolerance = float(signs.key("probe_tolerance", LOGPROB_DIFFERENCE))
     probe, sampled = signs.now("probe/difference"), signs.now("sampling/sampling_logp_difference/mean")
+    ratio, length = signs.now("sampling/importance_sampling_ratio/mean"), signs.now("completions/mean_length")
+    mode = str(signs.key("vllm_importance_sampling_mode", "sequence_mask"))
+    ignored = ""
+    if ratio is not None and ratio < UNLEARNT_RATIO and mode.startswith("sequence"):
+        ignored = f"the correction weighs what is learned from them by {ratio:.3f}"
     if "does not have version" in signs.reason:
         evidence, severity = f"the guard stopped the run: {signs.reason[:200]}", BROKEN
     elif probe is not None and probe > NEAR_TOLERANCE * tolerance:
         evidence, severity = f"they differ by {probe:.3f} nats on the probe (probe_tolerance {tolerance:g})", HINDERED
     elif sampled is not None and sampled > LOGPROB_DIFFERENCE and not signs.key("max_staleness"):
         evidence, severity = f"they differ by {sampled:.3f} nats a token on the rollouts", HINDERED
+        if ignored:
+            evidence, severity = f"{evidence}, and {ignored}", BROKEN
+    elif ignored and not signs.key("max_staleness"):
+        told = f"{ignored}: over {length:.0f} tokens even rounding adds up" if length is not None else ignored
+        return Sign(told, f"vllm_importance_sampling_mode: {mode} -> token_truncate", BROKEN)
     else:
         return None
     if signs.key("load_in_4bit") and signs.key("server_base") != "rounded":
