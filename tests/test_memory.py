@@ -44,6 +44,26 @@ def test_the_passes_that_were_measured(batch: int, peak: float) -> None:
     assert part(need, "activations") * GIB + logits + loaded == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("shape", "stage", "processes", "gib"),
+    [
+        (ModelShape(1536, 28, 12, 2, 128, 8960, 151_936, tied_embeddings=True), 2, 2, 23.3),
+        (ModelShape(3584, 28, 28, 4, 128, 18_944, 152_064, tied_embeddings=False), 3, 3, 55.4),
+    ],
+)
+def test_the_sharded_trainers_that_were_measured(
+    shape: ModelShape, stage: int, processes: int, gib: float, tmp_path: Path
+) -> None:
+    """In use by nvidia-smi, of H200s whose trainer process publishes nothing; passes of 8 x (256 + 768) tokens."""
+    keys = {"use_vllm": "true", "vllm_mode": "server", "dtype": "bfloat16", "gradient_checkpointing": "true"}
+    keys |= {"max_prompt_tokens": "256", "max_completion_length": "768", "per_device_train_batch_size": "8"}
+    keys |= {"gradient_accumulation_steps": "2", "model_name_or_path": "m", "num_generations": "8", "beta": "0.0"}
+    place = tmp_path / "full.yaml"
+    place.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    need = memory.trainer(shape, recipe.load(place, ()), processes=processes, zero_stage=stage)
+    assert need.total == pytest.approx(gib, rel=0.08)
+
+
 def test_gradient_checkpointing_and_smaller_passes_need_less() -> None:
     with_it, without = trainer(), trainer("--gradient_checkpointing", "false")
     assert part(with_it, "activations") < part(without, "activations") / 5
@@ -120,12 +140,12 @@ def test_a_small_model_is_gathered_whole_and_no_further() -> None:
     assert part(need, "weights") * GIB == pytest.approx(tiny.parameters * 2 * 1.5)
 
 
-def test_the_peak_is_in_a_pass_or_in_the_optimizers_step() -> None:
+def test_the_optimizers_step_comes_on_top_of_a_pass() -> None:
     short = ("--max_prompt_tokens", "8", "--max_completion_length", "8", "--per_device_train_batch_size", "1")
     accumulate = ("--gradient_accumulation_steps", "16")
     stepping = trainer(*FULL, *short, *accumulate, zero_stage=2, processes=1)
     assert part(stepping, "optimizer step") * GIB == pytest.approx(4 * QWEN.parameters)  # gradients in fp32
-    assert "activations" not in dict(stepping.parts)
+    assert part(stepping, "activations") > 0  # torch's allocator keeps their blocks
     passing = trainer(*FULL, zero_stage=2, processes=8)
     assert part(passing, "buckets") * GIB == pytest.approx(2 * 2 * memory.ZERO_BUCKET)
     in_turns = trainer(*FULL, *short, *accumulate, zero_stage=3, processes=1)

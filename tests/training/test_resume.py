@@ -95,6 +95,13 @@ def test_every_prompt_is_asked_once_before_any_is_asked_again(single: tuple[Path
     assert len(set(asked[:6])) == 6
 
 
+def test_a_checkpoint_is_no_part_of_the_time_that_training_took(single: tuple[Path, RunFolder]) -> None:
+    """It counts for the step after it, which is under way when it is written."""
+    first, *others = (line for line in single[1].read_metrics() if line["kind"] == "step")
+    assert "seconds/save" not in first
+    assert others and all(0 < line["seconds/save"] < line["seconds/step"] - line["seconds/train"] for line in others)
+
+
 def test_what_is_not_logged_yet_is_not_lost(model: Path, few: Path, tmp_path: Path, in_process) -> None:
     """Three steps a line, saved after the second of them."""
     recipe = recipe_for("single", tmp_path, model, few, logging_steps=3, save_steps=2, max_steps=6)

@@ -108,7 +108,8 @@ METRICS = (
     Metric(
         "seconds/*",
         "s",
-        "of the step: <publish, probe, generate, wait (for the next window), grade, record, train; step: all>",
+        "of the step: <publish, probe, generate, wait (for the next window), grade, record, save (the checkpoint "
+        "before it), train; step: all>",
         CLOCK,
     ),
     Metric(

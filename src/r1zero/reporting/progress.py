@@ -44,7 +44,7 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _seconds(metrics: Mapping[str, Any]) -> list[str]:
-    phases = ("publish", "probe", "generate", "wait", "train")
+    phases = ("publish", "probe", "generate", "wait", "save", "train")
     return [f"{name} {metrics[f'seconds/{name}']:.2f} s" for name in phases if metrics.get(f"seconds/{name}")]
 
 

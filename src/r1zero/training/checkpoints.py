@@ -267,7 +267,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._may_be_saved():
             self.note()
-            self._write(model, trial)
+            with self.clock.phase("save"):
+                self._write(model, trial)
 
     def _write(self, model: Any, trial: Any) -> None:
         """Write a checkpoint of this step, aside until it is complete. A collective.

@@ -12,6 +12,7 @@ import queue
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -511,7 +512,7 @@ class VllmWire:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._stateful = is_vllm_available(min_version="0.28.0")
         self._group: Any = None
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         packed = {"packed": True}
         self.init_info: Mapping[str, Any] = packed if self._stateful else {}
         self.update_info: Mapping[str, Any] = {} if self._stateful else packed
@@ -528,23 +529,17 @@ class VllmWire:
             self._group = NCCLWeightTransferEngine.trainer_init(dict(info))
 
     def broadcast(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES, pack_tensors
+
         torch.cuda.set_device(self._device)
-        torch.cuda.synchronize()  # vLLM reads the weights on streams of its own, which wait for nobody
-        if self._stateful:
-            from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-            packed_nccl_broadcast_producer(
-                iterator=tensors, group=self._group, src=0, post_iter_func=lambda item: item[1]
-            )
-        else:
-            # vLLM's producer takes new streams for each call, and the allocator keeps what each of them has used: with
-            # 32 streams up to 32 times a bucket. So the same chunks leave on one stream of ours.
-            from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES, pack_tensors
-
-            with torch.cuda.stream(self._stream):
-                while chunk := pack_tensors(tensors, lambda item: item[1], DEFAULT_PACKED_BUFFER_SIZE_BYTES):
-                    self._group.broadcast(chunk.packed_tensor, src=0, stream=self._stream)
-            self._stream.synchronize()
+        torch.cuda.synchronize()  # the weights were made on streams that this one does not wait for
+        # vLLM 0.26's own loop takes new streams each time, and the allocator keeps what each of them has used: with 32
+        # streams up to 32 times a bucket. So the chunks that its workers expect leave on one stream of ours.
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Tensor .* exceeds buffer_size_bytes")  # an embedding leaves whole
+            while chunk := pack_tensors(tensors, lambda item: item[1], DEFAULT_PACKED_BUFFER_SIZE_BYTES):
+                self._group.broadcast(chunk.packed_tensor, src=0, stream=self._stream)
+        self._stream.synchronize()
 
     def close(self) -> None:
         if self._group is not None:
