@@ -148,7 +148,7 @@ def trainer(
     """What one GPU of a GRPO trainer takes: at the peak of a pass, or while it generates, and for the optimizer's step.
 
     That step comes when activations are gone, but its tensors are larger than the blocks that those leave to torch's
-    allocator, which keeps both. Without this an estimate for ZeRO-2 and ZeRO-3 was 11 to 18 % low (docs/log.md).
+    allocator, which keeps both. Without this an estimate for ZeRO-2 and ZeRO-3 was 11 and 15 % low (docs/log.md).
 
     Args:
         shape: the model's.
