@@ -25,7 +25,7 @@ SEED = 20261121
 # As close to what a healthy run needs as a loaded machine of two cores bears.
 SILENCE_S, GENERATION_S, PUBLISH_S, READY_S = 12, 40, 25, 150
 LATEST_S = GENERATION_S + 20.0  # of what is noticed by a deadline, on a machine that does other things too
-NOTICED_S = {"SIGKILL": SILENCE_S + 15.0}  # an engine that is killed amid an update leaves a server that is silent
+NOTICED_S = {"SIGKILL": SILENCE_S + 15.0}  # an engine that is killed amid an update leaves a server that stays up
 ENDED_S = 30.0  # after it was noticed
 ALL_WEIGHTS = {"learning_rate": 3e-4}
 LIMITS = {

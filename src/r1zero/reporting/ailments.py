@@ -209,20 +209,23 @@ def _nan(signs: Signs) -> Sign | None:
 def _logprob_mismatch(signs: Signs) -> Sign | None:
     tolerance = float(signs.key("probe_tolerance", LOGPROB_DIFFERENCE))
     probe, sampled = signs.now("probe/difference"), signs.now("sampling/sampling_logp_difference/mean")
-    ratio, length = signs.now("sampling/importance_sampling_ratio/mean"), signs.now("completions/mean_length")
     mode = str(signs.key("vllm_importance_sampling_mode", "sequence_mask"))
+    ratio = signs.now("sampling/importance_sampling_ratio/mean") if mode.startswith("sequence") else None
+    if signs.key("max_staleness"):  # the policy has moved on since, which is no mismatch
+        sampled = ratio = None
     ignored = ""
-    if ratio is not None and ratio < UNLEARNT_RATIO and mode.startswith("sequence"):
+    if ratio is not None and ratio < UNLEARNT_RATIO:
         ignored = f"the correction weighs what is learned from them by {ratio:.3f}"
     if "does not have version" in signs.reason:
         evidence, severity = f"the guard stopped the run: {signs.reason[:200]}", BROKEN
     elif probe is not None and probe > NEAR_TOLERANCE * tolerance:
         evidence, severity = f"they differ by {probe:.3f} nats on the probe (probe_tolerance {tolerance:g})", HINDERED
-    elif sampled is not None and sampled > LOGPROB_DIFFERENCE and not signs.key("max_staleness"):
+    elif sampled is not None and sampled > LOGPROB_DIFFERENCE:
         evidence, severity = f"they differ by {sampled:.3f} nats a token on the rollouts", HINDERED
         if ignored:
             evidence, severity = f"{evidence}, and {ignored}", BROKEN
-    elif ignored and not signs.key("max_staleness"):
+    elif ignored:
+        length = signs.now("completions/mean_length")
         told = f"{ignored}: over {length:.0f} tokens even rounding adds up" if length is not None else ignored
         return Sign(told, f"vllm_importance_sampling_mode: {mode} -> token_truncate", BROKEN)
     else:

@@ -518,6 +518,7 @@ class VllmWire:
         self.update_info: Mapping[str, Any] = {} if self._stateful else packed
 
     def open(self, info: Mapping[str, Any]) -> None:
+        warnings.filterwarnings("ignore", "Tensor .* exceeds buffer_size_bytes")  # an embedding leaves whole
         torch.cuda.set_device(self._device)  # of this thread: vLLM takes the current device
         if self._stateful:
             from vllm.distributed.weight_transfer.nccl_common import trainer_init
@@ -535,8 +536,7 @@ class VllmWire:
         torch.cuda.synchronize()  # the weights were made on streams that this one does not wait for
         # vLLM 0.26's own loop takes new streams each time, and the allocator keeps what each of them has used: with 32
         # streams up to 32 times a bucket. So the chunks that its workers expect leave on one stream of ours.
-        with torch.cuda.stream(self._stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Tensor .* exceeds buffer_size_bytes")  # an embedding leaves whole
+        with torch.cuda.stream(self._stream):
             while chunk := pack_tensors(tensors, lambda item: item[1], DEFAULT_PACKED_BUFFER_SIZE_BYTES):
                 self._group.broadcast(chunk.packed_tensor, src=0, stream=self._stream)
         self._stream.synchronize()
