@@ -147,6 +147,8 @@ def measure(chosen: argparse.Namespace) -> None:
             verifier=verifier,
             micro_batch_tokens=chosen.budget,
         )
+        if chosen.checkpointing:  # the trainer's own train() would, which is not called
+            trainer.model.gradient_checkpointing_enable()
         made = window(chosen, trainer.model.config.vocab_size, trainer.accelerator.device)
         step = Step(trainer, chosen.batch, made)
         real = int(made["prompt_mask"].sum() + made["completion_mask"].sum())
