@@ -29,7 +29,7 @@ IGNORED = -100  # a label of no token, as torch's cross entropy has it
 OURS = "r1zero_packed"  # the name of `attend` among transformers' attention functions
 MOST_HEAD_DIM = 256  # that torch's kernel takes
 SAME_LOGPROBS = 1e-4  # nats; what a machine that repeats itself exactly stays below
-SHARING = ("cpu",)  # devices on which completions share their prompt; "cuda" was not measured yet
+SHARING = ("cpu", "cuda")  # devices on which completions share their prompt
 
 
 def prompts_of(ids: torch.Tensor, mask: torch.Tensor, shared: bool) -> torch.Tensor:
