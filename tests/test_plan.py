@@ -19,6 +19,7 @@ RECIPES = [path for path in (PROJECT / "recipes").rglob("*.yaml") if not (path.p
 PORTS = tuple(range(41001, 41011))
 TINY, MATH_7B = "recipes/tiny/arithmetic_grpo.yaml", "recipes/qwen2.5-math-7b/math_zero3.yaml"
 GRPO, QLORA = "recipes/smollm2-135m/gsm8k_grpo.yaml", "recipes/qwen2.5-3b/gsm8k_qlora.yaml"
+PADDED = ("--micro_batch_tokens", "null")  # GRPO packs
 SMOLLM2 = ModelFacts(8192, "llama", ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied_embeddings=True))
 QWEN = ModelFacts(32768, "qwen2", ModelShape(2048, 36, 16, 2, 128, 11008, 151936, tied_embeddings=True))
 
@@ -110,7 +111,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], ModelFacts | None]] = {
         "1x8:80",
         (
             *("--model_name_or_path", "Qwen/Qwen2.5-3B", "--per_device_train_batch_size", "8", "--trainer_gpus", "4"),
-            *("--server_gpus", "4", "--vllm_tensor_parallel_size", "2", "--accelerate_config", "zero3"),
+            *("--server_gpus", "4", "--vllm_tensor_parallel_size", "2", "--accelerate_config", "zero3", *PADDED),
         ),
         QWEN,
     ),
@@ -468,7 +469,7 @@ def test_a_limit_with_a_share_of_the_recipes_own() -> None:
 def test_a_shared_gpu_of_which_something_is_not_known_is_shared_as_trl_does(
     machine: str, model: ModelFacts | None, why: str
 ) -> None:
-    planned = plan_of(GRPO, machine, model=model)
+    planned = plan_of(GRPO, machine, *PADDED, model=model)
     assert flag(planned.servers[0], "--gpu-memory-utilization") == "0.3"
     assert planned.memory == ()
     assert why in planned.render()
@@ -490,7 +491,7 @@ def test_a_shared_gpu_of_which_something_is_not_known_is_shared_as_trl_does(
 def test_memory_that_nothing_was_said_of_is_named(
     path: str, machine: str, model: ModelFacts | None, why: str | None
 ) -> None:
-    text = plan_of(path, machine, model=model).render()
+    text = plan_of(path, machine, *(PADDED if path == GRPO else ()), model=model).render()
     lines = [line for line in text.splitlines() if line.startswith("Memory: NOT checked, ")]
     assert len(lines) == (why is not None)
     assert why is None or why in lines[0]
@@ -543,9 +544,9 @@ def test_a_tight_gpu_is_named_close_and_sleep_gives_room() -> None:
 
 
 def test_a_trainer_close_to_its_own_gpus_memory_is_named() -> None:
-    text = plan_of(GRPO, "1x2:36", model=SMOLLM2).render()
+    text = plan_of(GRPO, "1x2:36", *PADDED, model=SMOLLM2).render()
     assert "Because: close: the trainer needs" in text and "gradient_checkpointing: true" in text
-    over = plan_of(GRPO, "1x2:33", model=SMOLLM2).render()
+    over = plan_of(GRPO, "1x2:33", *PADDED, model=SMOLLM2).render()
     assert "close" not in over and "Because: over: the trainer needs" in over
     assert "it is tried, since the estimate is good to a tenth or so; if it fails: gradient_checkpointing: true" in over
 
@@ -642,7 +643,7 @@ def test_a_server_of_its_own_measures_with_many_sequences_and_one_that_shares_ha
 
 
 def test_the_servers_context_never_exceeds_the_models() -> None:
-    planned = plan_of(GRPO, "1x2", model=ModelFacts(context_length=576))
+    planned = plan_of(GRPO, "1x2", *PADDED, model=ModelFacts(context_length=576))
     assert flag(planned.servers[0], "--max-model-len") == "576"
 
 
@@ -699,9 +700,9 @@ def test_the_plan_says_how_many_steps_a_generation_feeds(words: tuple[str, ...],
 
 def test_lengths_are_checked_against_the_model() -> None:
     path = "recipes/smollm2-135m/gsm8k_grpo.yaml"
-    assert plan_of(path, "1x2", model=ModelFacts(context_length=576))
+    assert plan_of(path, "1x2", *PADDED, model=ModelFacts(context_length=576))
     with pytest.raises(recipe.RecipeError, match="576 tokens, the model has 575 positions"):
-        plan_of(path, "1x2", model=ModelFacts(context_length=575))
+        plan_of(path, "1x2", *PADDED, model=ModelFacts(context_length=575))
 
 
 def test_gpus_under_a_cpu_build_of_torch_are_not_used() -> None:
