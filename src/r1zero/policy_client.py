@@ -126,7 +126,7 @@ class Rollout:
             `completion_ids`; None where whoever generated keeps none.
         policy_version: the optimizer step whose weights made it; None when nobody said.
         clipped: whether it was cut off at the limit of tokens.
-        text: decoded by the server; empty where generation does not decode.
+        text: decoded by the server where no logprobs were asked for; empty where generation does not decode.
     """
 
     prompt_ids: tuple[int, ...]
@@ -322,13 +322,16 @@ class PolicyClient:
             model: an adapter's name, such as policy-20; None for the server's base model.
             expected_version: of the policy that must answer.
             seeds: of each prompt's first completion; vLLM gives its next ones the seeds that follow. None: unseeded.
-            logprobs: of the sampled tokens; whoever only grades does without, which is faster.
+            logprobs: of the sampled tokens, in place of the text, which a server then need not decode; whoever only grades
+                does without.
         """
         fixed = {
             **sampling,
             "return_token_ids": True,
             # The sampled token's logprob alone; ids, because decoded tokens cannot be told apart.
             **({"logprobs": 0, "return_tokens_as_token_ids": True} if logprobs else {}),
+            # Whoever learns decodes by itself; only stop strings need it in the server.
+            **({"detokenize": False} if logprobs and not sampling.get("stop") else {}),
             **({"model": model} if model is not None else {}),
         }
         counts = [n] * len(prompts) if isinstance(n, int) else list(n)

@@ -413,3 +413,100 @@ def test_the_tokens_made_are_counted(front: Front) -> None:
         assert front.policy["tokens"] == 42
     finally:
         REGISTRY.unregister(made)
+
+
+# Completions without their text.
+
+
+class Engine:
+    """What `tokens.Tokens` is to the doors."""
+
+    def __init__(self, gives: Any) -> None:
+        self.gives, self.asked, self.cancelled = gives, [], False
+
+    def takes(self, request: Any) -> bool:
+        return isinstance(request, dict) and request.get("detokenize") is False
+
+    async def complete(self, request: Any) -> Any:
+        self.asked.append(request)
+        if isinstance(self.gives, Exception):
+            raise self.gives
+        try:
+            if self.gives is None:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return self.gives
+
+
+@pytest.fixture
+def engine(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    found = Engine({"choices": []})
+    monkeypatch.setattr(module.tokens, "of", lambda app: found)
+    return found
+
+
+ALONE = {"prompt": [1], "detokenize": False}
+
+
+def stay(front: Front, content: Any) -> tuple[Reply, list[bytes]]:
+    """The answer to a client that does not go away, and what vLLM was asked."""
+    got: list[Message] = []
+
+    async def ask() -> None:
+        waiting = [{"type": "http.request", "body": json.dumps(content).encode(), "more_body": False}]
+
+        async def receive() -> Message:
+            if not waiting:
+                await asyncio.Event().wait()
+            return waiting.pop(0)
+
+        async def send(message: Message) -> None:
+            got.append(message)
+
+        path = "/v1/completions"
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [RIGHT], "root_path": "", "app": None}
+        await front.doors({**scope, "raw_path": path.encode()}, receive, send)
+
+    asyncio.run(ask())
+    return Reply(got), [body for _, _, body in front.behind.seen]
+
+
+def test_tokens_alone_are_answered_here_under_the_version(front: Front, engine: Engine) -> None:
+    front.update(7)
+    seen = len(front.behind.seen)
+    reply, _ = stay(front, ALONE)
+    assert (reply.status, reply.version, json.loads(reply.body)) == (200, b"7", {"choices": []})
+    assert engine.asked == [ALONE] and len(front.behind.seen) == seen
+    assert front.policy["in_flight"] == 0
+
+
+@pytest.mark.parametrize("gives", [ValueError("temperature"), RuntimeError("the engine is dead")])
+def test_what_fails_there_is_asked_of_vllm(front: Front, engine: Engine, gives: Exception) -> None:
+    engine.gives = gives
+    reply, seen = stay(front, ALONE)
+    assert reply.status == 200 and [json.loads(body) for body in seen] == [ALONE]
+
+
+def test_with_text_vllm_is_asked(front: Front, engine: Engine) -> None:
+    _, seen = stay(front, {"prompt": [1]})
+    assert [json.loads(body) for body in seen] == [{"prompt": [1]}] and not engine.asked
+
+
+def test_for_a_client_that_left_nothing_more_is_made(front: Front, engine: Engine) -> None:
+    engine.gives = None
+    reply = front.ask("POST", "/v1/completions", ALONE, app=None)
+    assert reply.messages == [] and engine.cancelled
+    assert front.policy["in_flight"] == 0 and not front.behind.seen
+
+
+def test_amid_an_update_no_tokens_either(front: Front, engine: Engine) -> None:
+    assert front.ask("POST", "/start_weight_update").status == 200
+    assert stay(front, ALONE)[0].status == 409 and not engine.asked
+
+
+def test_a_vllm_that_is_not_known_well_enough_answers_itself(module: ModuleType, front: Front) -> None:
+    assert module.tokens.of(object()) is None
+    reply, seen = stay(front, ALONE)
+    assert reply.status == 200 and len(seen) == 1

@@ -74,7 +74,7 @@ def _draw(
     timeout_s = recipe.own.generation_timeout
     # The base model, which a server of ours has from its start; no policy version was published yet.
     with PolicyClient([base_url], os.environ.get(TOKEN), generation_timeout_s=timeout_s) as client:
-        rollouts = client.collect(client.submit(prompts, sampling, group))
+        rollouts = client.collect(client.submit(prompts, sampling, group, logprobs=False))
     answers = [rollouts[start : start + group] for start in range(0, len(rollouts), group)]
     return [_graded(problem, each, recipe, verifier) for problem, each in zip(problems, answers, strict=True)]
 

@@ -9,12 +9,12 @@ import asyncio
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any
 
 from prometheus_client import REGISTRY
 
-from r1zero.serving import POLICY_ROUTE, PUBLISH_FOLDER, TOKEN, VERSION_HEADER
+from r1zero.serving import POLICY_ROUTE, PUBLISH_FOLDER, TOKEN, VERSION_HEADER, tokens
 from r1zero.serving.published import published
 from r1zero.serving.routes import COMPLETIONS, FINISH, LOAD_ADAPTER, ROUTES, SLEEP, START, UPDATE, WAKE_UP
 
@@ -26,6 +26,7 @@ Headers = list[tuple[bytes, bytes]]
 
 MIXED = "mixed"
 LARGEST_ADAPTER_REQUEST = 64 * 1024  # bytes; it is a name and a path
+LARGEST_PROMPT = 64 * 2**20  # bytes; some millions of tokens
 TOKENS_MADE = "vllm:generation_tokens_total"
 DRAIN_S = 30.0  # what is being generated may take so long to end before the server sleeps
 LOOK_S = 0.02
@@ -50,7 +51,8 @@ run_token()
 class Doors:
     """ASGI middleware: token, allowed routes, and the policy version of the weights that are served.
 
-    It writes nothing of its own into an answer's body, and passes each message on as it comes: nothing is buffered.
+    It passes each message of an answer on as it comes: nothing is buffered. Of its own it answers POLICY_ROUTE, and
+    requests for completions without their text (`tokens.Tokens`).
     """
 
     def __init__(self, app: App) -> None:
@@ -59,6 +61,8 @@ class Doors:
         self._weights = _Weights()
         self._in_flight = 0
         self._sleeping = False
+        self._tokens: tokens.Tokens | None = None
+        self._looked = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
@@ -110,9 +114,32 @@ class Doors:
 
         self._in_flight += 1
         try:
-            await self._app(scope, receive, with_version)
+            body = await _body(receive, LARGEST_PROMPT)
+            if body is None:
+                return await _answer(send, 413, {"error": f"more than {LARGEST_PROMPT} bytes, or not sent whole"})
+            if not await self._answered_as_tokens(scope, body, receive, with_version):
+                await self._app(scope, _replay(body, receive), with_version)
         finally:
             self._in_flight -= 1
+
+    async def _answered_as_tokens(self, scope: Message, body: bytes, receive: Receive, send: Send) -> bool:
+        """Whether nothing is left to do: answered, or nobody waits any more. What fails is vLLM's to answer."""
+        if not self._looked:
+            self._looked = True
+            self._tokens = tokens.of(scope["app"]) if "app" in scope else None
+        if self._tokens is None:
+            return False
+        request = tokens.read(body)
+        if not self._tokens.takes(request):
+            return False
+        try:
+            made = await _while_there(receive, self._tokens.complete(request))
+        except Exception as error:  # noqa: BLE001 - a parameter that vLLM refuses, a dead engine: it says so best
+            tokens.LOG.warning("tokens alone: %s: %s; asked again in vLLM's own way", type(error).__name__, error)
+            return False
+        if made is not None:
+            await _answer(send, 200, made)
+        return True
 
     async def _load_adapter(self, scope: Message, receive: Receive, send: Send) -> None:
         body = await _body(receive, LARGEST_ADAPTER_REQUEST)
@@ -261,6 +288,23 @@ async def _body(receive: Receive, largest: int) -> bytes | None:
             return None
         if not message.get("more_body", False):
             return body
+
+
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` gives, or None when the client goes away before, for whom it is cancelled."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for each in (working, leaving):
+            each.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
