@@ -322,8 +322,8 @@ class PolicyClient:
             model: an adapter's name, such as policy-20; None for the server's base model.
             expected_version: of the policy that must answer.
             seeds: of each prompt's first completion; vLLM gives its next ones the seeds that follow. None: unseeded.
-            logprobs: of the sampled tokens, in place of the text, which a server then need not decode; whoever only grades
-                does without.
+            logprobs: of the sampled tokens, in place of the text, which a server then need not decode; whoever only
+                grades does without.
         """
         fixed = {
             **sampling,
