@@ -10,11 +10,8 @@ Weights may be random: `transformers`' `Qwen2Config` of any shape, saved with an
 """
 
 import argparse
-import os
-import secrets
 import statistics
-import subprocess
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,11 +24,13 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from r1zero.hardware import free_ports
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.side_by_side.served import served
+
 from r1zero.model_facts import PROJECTIONS
 from r1zero.policy_client import PolicyClient
-from r1zero.policy_server import serve_argv, serve_env, wait_until_ready
-from r1zero.serving import FOLDED, PUBLISH_FOLDER, TOKEN
+from r1zero.serving import FOLDED
 from r1zero.training import policy_sync
 from r1zero.training.probe import trainer_logprobs
 
@@ -136,33 +135,18 @@ def main() -> None:
 @contextmanager
 def serving(asked: argparse.Namespace, policy: Policy, route: str) -> Iterator[Served]:
     """A server for one way of publishing."""
-    cpu = not torch.cuda.is_available()
-    (port,) = free_ports(1)
-    token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
     folded = route == "folded"
     lora: dict[str, Any] = {"lora_rank": RANK, "lora_target_modules": PROJECTIONS}
-    argv = serve_argv(
-        model=str(asked.model),
-        port=port,
-        gpu_memory_utilization=0.4,
+    with served(
+        asked.model,
+        f"publish {route}",
+        adapters=not folded,
         max_model_len=PROMPT_TOKENS + asked.tokens,
         max_num_seqs=max(asked.completions),
         dtype=str(policy.dtype).removeprefix("torch."),
-        cpu=cpu,
         **({"weight_transfer": FOLDED} if folded else lora),
-    )
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, tempfile.TemporaryFile() as log:
-        secret = {TOKEN: token, PUBLISH_FOLDER: folder}
-        env = {**os.environ, **dict(serve_env(adapters=not folded, cpu=cpu)), **secret}
-        server = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
-        try:
-            waited = wait_until_ready(url, deadline_s=900, check=lambda: _alive(server, log), token=token)
-            print(f"publish {route}: server ready after {waited:.0f} s")
-            with PolicyClient([url], token, generation_timeout_s=600) as client:
-                yield Served(client, policy, Path(folder), route)
-        finally:
-            server.terminate()
-            server.wait(60)
+    ) as server:
+        yield Served(server.client, policy, server.publish_folder, route)
 
 
 def same_after_many(server: Served, publishes: int) -> None:
@@ -220,14 +204,6 @@ def _whole(speeds: list[float]) -> str:
 
 def _flat(logprobs: list[list[float]]) -> torch.Tensor:
     return torch.tensor([value for each in logprobs for value in each], dtype=torch.float64)
-
-
-def _alive(server: "subprocess.Popen[bytes]", log: Any) -> None:
-    if server.poll() is not None:
-        log.seek(0)
-        raise SystemExit(
-            f"the server ended with exit code {server.returncode}:\n{log.read()[-3000:].decode(errors='replace')}"
-        )
 
 
 if __name__ == "__main__":
