@@ -81,10 +81,18 @@ def test_one_request_a_prompt_with_its_own_number_of_completions() -> None:
         expected = {
             **SAMPLING,
             **{"prompt": [5, 6], "n": 1, "model": "policy-4", "logprobs": 0},
-            **{"return_token_ids": True, "return_tokens_as_token_ids": True},
+            **{"return_token_ids": True, "return_tokens_as_token_ids": True, "detokenize": False},
         }
         assert expected in posts(handler)
         assert len(posts(handler)) == 2
+
+
+def test_the_server_decodes_where_text_or_stop_strings_are_wanted() -> None:
+    with serving() as (url, handler), client(url) as one:
+        one.collect(one.submit([[5]], {**SAMPLING, "stop": ["."]}))
+        one.collect(one.submit([[5]], SAMPLING, logprobs=False))
+        one.collect(one.submit([[5]], {**SAMPLING, "stop": None}))
+        assert [post.get("detokenize") for post in posts(handler)] == [None, None, False]
 
 
 def test_the_base_model_needs_no_name() -> None:
