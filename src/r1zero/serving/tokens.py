@@ -44,8 +44,7 @@ class Tokens:
         given = {name for name, value in request.items() if value is not None}
         prompt = request.get("prompt")
         return (
-            request.keys() <= KNOWN
-            and given >= SAID
+            SAID <= given <= KNOWN
             and isinstance(prompt, list)
             and bool(prompt)
             and all(type(token) is int for token in prompt)
