@@ -1,7 +1,7 @@
 """Completions as tokens, answered by vLLM's engine without vLLM's OpenAI layer in between.
 
 For each sampled token that layer decodes the token by itself, makes objects of it and writes it twice into JSON, all in
-one Python thread: 48 to 65 microseconds a token where the rest of the server's front takes 14 to 17 (measured on a CPU;
+one Python thread: 60 microseconds a token, where without logprobs the server's front takes 13 (measured on a CPU;
 docs/log.md). That thread, and not the GPU, bounded the rollouts of small models. A trainer wants numbers alone: it
 decodes what it learns from by itself.
 
