@@ -77,6 +77,7 @@ class Front:
         path: str,
         content: Any = None,
         headers: tuple[tuple[bytes, bytes], ...] = (RIGHT,),
+        stays: bool = False,
         **scope: Any,
     ) -> Reply:
         body = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
@@ -87,6 +88,8 @@ class Front:
         got: list[Message] = []
 
         async def receive() -> Message:
+            if not waiting and stays:
+                await asyncio.Event().wait()
             return waiting.pop(0) if waiting else {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
@@ -452,25 +455,8 @@ ALONE = {"prompt": [1], "detokenize": False}
 
 def stay(front: Front, content: Any) -> tuple[Reply, list[bytes]]:
     """The answer to a client that does not go away, and what vLLM was asked."""
-    got: list[Message] = []
-
-    async def ask() -> None:
-        waiting = [{"type": "http.request", "body": json.dumps(content).encode(), "more_body": False}]
-
-        async def receive() -> Message:
-            if not waiting:
-                await asyncio.Event().wait()
-            return waiting.pop(0)
-
-        async def send(message: Message) -> None:
-            got.append(message)
-
-        path = "/v1/completions"
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [RIGHT], "root_path": "", "app": None}
-        await front.doors({**scope, "raw_path": path.encode()}, receive, send)
-
-    asyncio.run(ask())
-    return Reply(got), [body for _, _, body in front.behind.seen]
+    reply = front.ask("POST", "/v1/completions", content, stays=True)
+    return reply, [body for _, _, body in front.behind.seen]
 
 
 def test_tokens_alone_are_answered_here_under_the_version(front: Front, engine: Engine) -> None:
@@ -496,7 +482,7 @@ def test_with_text_vllm_is_asked(front: Front, engine: Engine) -> None:
 
 def test_for_a_client_that_left_nothing_more_is_made(front: Front, engine: Engine) -> None:
     engine.gives = None
-    reply = front.ask("POST", "/v1/completions", ALONE, app=None)
+    reply = front.ask("POST", "/v1/completions", ALONE)
     assert reply.messages == [] and engine.cancelled
     assert front.policy["in_flight"] == 0 and not front.behind.seen
 

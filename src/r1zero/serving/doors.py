@@ -61,8 +61,6 @@ class Doors:
         self._weights = _Weights()
         self._in_flight = 0
         self._sleeping = False
-        self._tokens: tokens.Tokens | None = None
-        self._looked = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """One connection, as ASGI has it."""
@@ -124,16 +122,11 @@ class Doors:
 
     async def _answered_as_tokens(self, scope: Message, body: bytes, receive: Receive, send: Send) -> bool:
         """Whether nothing is left to do: answered, or nobody waits any more. What fails is vLLM's to answer."""
-        if not self._looked:
-            self._looked = True
-            self._tokens = tokens.of(scope["app"]) if "app" in scope else None
-        if self._tokens is None:
-            return False
-        request = tokens.read(body)
-        if not self._tokens.takes(request):
+        request, engine = tokens.read(body), tokens.of(scope.get("app"))
+        if engine is None or not engine.takes(request):
             return False
         try:
-            made = await _while_there(receive, self._tokens.complete(request))
+            made = await _while_there(receive, engine.complete(request))
         except Exception as error:  # noqa: BLE001 - a parameter that vLLM refuses, a dead engine: it says so best
             tokens.LOG.warning("tokens alone: %s: %s; asked again in vLLM's own way", type(error).__name__, error)
             return False

@@ -13,6 +13,7 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 LOG = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Tokens:
         return name is None or name in self._models.lora_requests or self._models.is_base_model(name)
 
 
+@cache
 def of(app: Any) -> Tokens | None:
     """For vLLM's application; None, and a line in the log, where its parts are not what is known of them."""
     try:
