@@ -7,7 +7,7 @@ Completion lengths are log-normal (sigma 0.6) around the mean and cut; each grou
 `--prompt`. A step is what follows a generation: log-probabilities of all completions by the policy that made them
 ("score"), then forward and backward passes ("learn"), with gradient checkpointing and without the optimizer, whose part
 is the same. Three ways take turns on the same tokens: "padded" as TRL does it, "packed" micro-batches in which each
-completion repeats its prompt, and "shared", where a micro-batch has each prompt once (whatever the device's default).
+completion repeats its prompt, and "shared", where a micro-batch has each prompt once.
 Loss and gradients are compared, and before the first round it is proven that sequences keep apart. Without a GPU the
 seconds are the processor's, of all threads, so that what else runs on the machine does not count. Weights may be
 random: `transformers`' `LlamaConfig` of any shape, saved with any tokenizer, will do.
@@ -82,7 +82,7 @@ class Step:
         """Seconds by phase, loss, gradients, peak memory and tokens learnt from; `budget` of None is padded."""
         trainer, made = self.trainer, self.window
         trainer.micro_batch_tokens = budget
-        packed_rows.SHARING = (trainer.accelerator.device.type,) if shares else ()
+        packed_rows.SHARING = shares
         trainer.current_gradient_accumulation_steps = self.passes
         trainer._step = 0
         trainer.model.zero_grad()
@@ -154,7 +154,7 @@ def measure(chosen: argparse.Namespace) -> None:
         real = int(made["prompt_mask"].sum() + made["completion_mask"].sum())
         padded = made["prompt_mask"].numel() + made["completion_mask"].numel()
         print(f"{chosen.completions} completions: {real} tokens; padded to the window's longest: {padded}", flush=True)
-        packed_rows.SHARING = (trainer.accelerator.device.type,)
+        packed_rows.SHARING = True
         packed_rows.require_apart(trainer.model, trainer.accelerator.device, trainer.accelerator.autocast)
         trainer._known_apart = True
         ways: dict[str, tuple[Any, ...]] = {"padded": (None,), "packed": (chosen.budget,)}

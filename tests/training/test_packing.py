@@ -281,7 +281,7 @@ class World:
         self.windows = windows(case, trainer.model.config.vocab_size)
         self.count = len(self.windows)
         self.rank = 0
-        patch.setattr(packed_rows, "SHARING", ("cpu",) if case.shares else ())
+        patch.setattr(packed_rows, "SHARING", case.shares)
         patch.setattr(Accelerator, "num_processes", property(lambda _: self.count))
         patch.setattr(Accelerator, "process_index", property(lambda _: self.rank))
         patch.setattr(GRPOTrainer, "_prepare_inputs", lambda _, inputs: inputs)
@@ -372,7 +372,7 @@ def test_log_probabilities_and_entropies_are_those_of_padded_sequences(trainer: 
     ids, mask = (torch.cat([window[f"prompt_{what}"], window[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
     keep = window["completion_ids"].shape[1]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(packed_rows, "SHARING", ("cpu",) if case.shares else ())
+        patch.setattr(packed_rows, "SHARING", case.shares)
         for batch_size in (None, case.batch):  # of a loss, of scoring
             patch.setattr(trainer, "micro_batch_tokens", case.budget)
             ask = trainer._get_per_token_logps_and_entropies
@@ -534,7 +534,7 @@ def test_a_model_that_does_not_keep_completions_of_one_prompt_apart_is_refused(
     try:
         with pytest.raises(Refusal, match="does not keep completions of one prompt apart"):
             packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
-        monkeypatch.setattr(packed_rows, "SHARING", ())
+        monkeypatch.setattr(packed_rows, "SHARING", False)
         packed_rows.require_apart(model, torch.device("cpu"), contextlib.nullcontext)
     finally:
         AttentionInterface.register(packed_rows.OURS, attend)

@@ -29,7 +29,7 @@ IGNORED = -100  # a label of no token, as torch's cross entropy has it
 OURS = "r1zero_packed"  # the name of `attend` among transformers' attention functions
 MOST_HEAD_DIM = 256  # that torch's kernel takes
 SAME_LOGPROBS = 1e-4  # nats; what a machine that repeats itself exactly stays below
-SHARING = ("cpu", "cuda")  # devices on which completions share their prompt
+SHARING = True  # whether completions share their prompt; tests and the benchmark compare
 
 
 def prompts_of(ids: torch.Tensor, mask: torch.Tensor, shared: bool) -> torch.Tensor:
@@ -149,7 +149,7 @@ def log_probabilities(
     labels = torch.full_like(row, IGNORED)
     labels[:-1] = torch.where(scored, row, IGNORED)[1:]
     prompts = slice(None, -completion_tokens)
-    of_prompts = prompts_of(ids[:, prompts], mask[:, prompts], shares_prompts(model, ids.device))
+    of_prompts = prompts_of(ids[:, prompts], mask[:, prompts], shares_prompts(model))
     sequences = torch.cat([mask.sum(1, keepdim=True), of_prompts], dim=1).tolist()
     sequences = [each for each in sequences if each[0]]
     layout = Layout.of(Pool([length for length, *_ in sequences], [Prompt(*prompt) for _, *prompt in sequences]))
@@ -171,9 +171,9 @@ def log_probabilities(
 # Attention inside of each sequence of a row, and to the prompt that it shares.
 
 
-def shares_prompts(model: Any, device: torch.device) -> bool:
-    """Whether completions of one prompt share it in a row: where attention is `attend`, on the devices of SHARING."""
-    return _config(model)._attn_implementation == OURS and device.type in SHARING
+def shares_prompts(model: Any) -> bool:
+    """Whether completions of one prompt share it in a row: where attention is `attend`."""
+    return SHARING and _config(model)._attn_implementation == OURS
 
 
 def attend(
@@ -319,7 +319,7 @@ def require_apart(model: Any, device: torch.device, autocast: Callable[[], Any])
             f"micro_batch_tokens: in a packed row the log-probabilities of a sequence change by {leaked:.3g} nats with "
             f"what stands before it, so this model does not keep packed sequences apart; leave micro_batch_tokens out"
         )
-    if not shares_prompts(model, device):
+    if not shares_prompts(model):
         return
 
     def of_ours(prompt: int, *neighbours: int) -> torch.Tensor:

@@ -101,7 +101,7 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         together = {name: self._gathered(name, value) for name, value in own.items()} if world > 1 else own
         learnt = together["completion_mask"] * together.get("tool_mask", 1)
-        prompts = prompts_of(together["prompt_ids"], together["prompt_mask"], self._shares_prompts(self.model))
+        prompts = prompts_of(together["prompt_ids"], together["prompt_mask"], shares_prompts(self.model))
         lengths, learnt, moves, *of_prompts = torch.stack(
             [
                 together["prompt_mask"].sum(1) + together["completion_mask"].sum(1),
@@ -124,9 +124,6 @@ class PackedPasses(Trainer):  # type: ignore[misc]
             if self.loss_type in MEANS_OVER_SEQUENCES:
                 made[-1].weight = rows / self.args.per_device_train_batch_size
         return made, [sum(learnt[place] for places in shares for place in places) for shares in passes]
-
-    def _shares_prompts(self, model: Any) -> bool:
-        return shares_prompts(model, self.accelerator.device)
 
     def _gathered(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """What all processes have of one of the batch's tensors; prompts are padded on the left."""
@@ -170,7 +167,7 @@ class PackedPasses(Trainer):  # type: ignore[misc]
         if at_once:
             return log_probabilities(model, ids, mask, completion_tokens)
         prompts = slice(None, -completion_tokens)
-        of_prompts = prompts_of(ids[:, prompts], mask[:, prompts], self._shares_prompts(model))
+        of_prompts = prompts_of(ids[:, prompts], mask[:, prompts], shares_prompts(model))
         sequences = self.accelerator.gather(torch.cat([mask.sum(1, keepdim=True), of_prompts], dim=1))
         by_process = sequences.view(self.accelerator.num_processes, -1, 3).tolist()
         lengths = [[length for length, _, _ in own] for own in by_process]
