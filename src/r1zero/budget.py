@@ -27,6 +27,8 @@ class Budget:
 
     Attributes:
         utilization: the share of each of its GPUs that a server gets.
+        kv_cache_gib: what a server is told to take for keys and values, where others start on its GPU at the same time
+            and vLLM's own measuring would take their memory for its own; else None.
         trainer_limit: GiB that the trainer's allocator is held to; None: it is not.
         lines: for the plan's text.
         reasons: what is close, and what was chosen.
@@ -34,6 +36,7 @@ class Budget:
     """
 
     utilization: float
+    kv_cache_gib: float | None = None
     trainer_limit: float | None = None
     lines: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
@@ -76,17 +79,21 @@ def of(
     sequences = server_plan.sequences(batch, placed)
     least = _of_server(recipe, placed, batch, model, shape, route, -(-sequences // 4))
     most = _of_server(recipe, placed, batch, model, shape, route, sequences, memory.SERVER_RESERVE_GIB)
+    several = placed.servers_per_gpu
     if placed.shared:
-        return _on_shared_gpu(recipe, least, most, train, card)
-    share = _share_alone(recipe, least, card, route)
-    room, needed = share * card, least.total - least.resting
+        return _on_shared_gpu(recipe, several, least.times(several), most.times(several), train, card)
+    share = _share_alone(recipe, several, least, card, route)
+    room, needed = share * card / several, least.total - least.resting
     if needed > memory.CLEARLY * room:
         why = (
             f"a server needs {needed:.1f} GiB of each of its GPUs ({least.text()}), "
-            f"its share of {share:g} of {card:g} GiB is {room:.1f}"
+            f"its share of {share / several:g} of {card:g} GiB is {room:.1f}"
         )
-        key = "vllm_gpu_memory_utilization" if given is not None else "vllm_tensor_parallel_size"
-        raise recipe.fault(key, why, "more GPUs for each server (vllm_tensor_parallel_size), or a larger share")
+        key, remedy = "vllm_tensor_parallel_size", "more GPUs for each server (vllm_tensor_parallel_size)"
+        if several > 1:
+            key, remedy = "servers_per_gpu", "fewer of them"
+        key = "vllm_gpu_memory_utilization" if given is not None else key
+        raise recipe.fault(key, why, f"{remedy}, or a larger share")
     alone = _of_trainer(recipe, hardware, placed, train, card)
     reasons = list(alone.reasons)
     quarter = dict(least.parts)["KV cache"]  # of the completions that it may generate at once
@@ -101,10 +108,11 @@ def of(
     parts = Need((*(part for part in least.parts if part[0] in SHOWN_ALONE), ("KV cache", kv_cache)))
     whole = room + dict(least.parts)[_copy_label(route)]
     lines = [*alone.lines]
-    for where in _gpu_texts(hardware, placed, placed.servers):
+    for where in _gpu_texts(hardware, placed, list(dict.fromkeys(placed.servers))):
         each_server = "each server" if len(placed.servers) > 1 else "server"
+        each_server = f"each of {several} servers" if several > 1 else each_server
         lines.append(f"{where} ({card:g}): {each_server} {whole:.1f}: {parts.text()} + workspace")
-    return Budget(share, None, tuple(lines), tuple(reasons))
+    return Budget(share / several, kv_cache if several > 1 else None, None, tuple(lines), tuple(reasons))
 
 
 def route(
@@ -206,7 +214,7 @@ class _Room:
         completions = server_plan.generated(self.batch, placed)
         most = _of_server(
             recipe, placed, self.batch, self.model, self.shape, route, completions, memory.SERVER_RESERVE_GIB
-        )
+        ).times(placed.servers_per_gpu)
         given = recipe.library.get("vllm_gpu_memory_utilization")
         if given is not None:
             if most.total - most.resting > given * card:
@@ -276,12 +284,12 @@ def _copy_label(route: Route) -> str:
     return memory.COPY_ON_HOST if route.clean_copy == "host" else memory.COPY_ON_GPU
 
 
-def _share_alone(recipe: Recipe, least: Need, card: float, route: Route) -> float:
-    """vLLM's share of a GPU that a server has to itself: the clean copy lies beyond it."""
+def _share_alone(recipe: Recipe, several: int, least: Need, card: float, route: Route) -> float:
+    """vLLM's share of a GPU that servers have to themselves: clean copies lie beyond it, and each one's context."""
     given: float | None = recipe.library.get("vllm_gpu_memory_utilization")
-    if given is not None or route.publish != "folded":
+    if given is not None or (several == 1 and route.publish != "folded"):
         return SHARE_ALONE if given is None else given
-    return min(SHARE_ALONE, math.floor((memory.USABLE - least.resting / card) * 1000) / 1000)
+    return min(SHARE_ALONE, math.floor((memory.USABLE - several * least.resting / card) * 1000) / 1000)
 
 
 def _check_sharing_keys(recipe: Recipe, placed: Placement) -> None:
@@ -296,25 +304,27 @@ def _check_sharing_keys(recipe: Recipe, placed: Placement) -> None:
 
 def _unseen(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | None) -> Budget:
     """Where the GPU's memory or the model's shape is not known: what the recipe says, else a fixed share."""
-    given = recipe.library.get("vllm_gpu_memory_utilization")
-    if not placed.shared:
-        return Budget(SHARE_ALONE if given is None else given)
+    given, several = recipe.library.get("vllm_gpu_memory_utilization"), placed.servers_per_gpu
     if not card:
         unknown = "the GPU does not say how much memory it has"
     elif model is None:
         unknown = "the model's shape is not known before it is downloaded, which a dry run does not do"
     else:
         unknown = f"the weights of a model of type {model.family} are not counted here"
+    if several > 1 and not (card and model is None):
+        raise recipe.fault("servers_per_gpu", f"a GPU's memory cannot be divided among them: {unknown}", "use 1")
+    if not placed.shared:
+        return Budget((SHARE_ALONE if given is None else given) / several)
     limit = recipe.own.gpu_memory_limit
     if limit is None:
         share = SHARE_UNSEEN if given is None else given
         why = "the recipe says so" if given is not None else unknown
-        return Budget(share, reasons=(f"vLLM's share of the GPU: {share:g}, {why}",))
+        return Budget(share / several, reasons=(f"vLLM's share of the GPU: {share:g}, {why}",))
     if given is None:
         why = f"it cannot be divided: {unknown}"
         raise recipe.fault("gpu_memory_limit", why, "add vllm_gpu_memory_utilization, the server's share of the GPU")
     left = limit - given * card - memory.SERVER_BEYOND_SHARE_GIB
-    return Budget(given, _trainer_limit(recipe, left))
+    return Budget(given / several, trainer_limit=_trainer_limit(recipe, left))
 
 
 def _unchecked(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | None) -> str | None:
@@ -355,7 +365,7 @@ def _of_trainer(recipe: Recipe, hardware: Hardware, placed: Placement, train: Ne
         f"{where} ({card:g}): trainer {train.total:.1f}: {train.text()}"
         for where in _gpu_texts(hardware, placed, placed.trainers)
     )
-    return Budget(SHARE_ALONE, None, tuple(lines), reasons)
+    return Budget(SHARE_ALONE, lines=tuple(lines), reasons=reasons)
 
 
 def _gpu_texts(hardware: Hardware, placed: Placement, wheres: Sequence[Allocation]) -> list[str]:
@@ -386,8 +396,9 @@ def _list(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _on_shared_gpu(recipe: Recipe, least: Need, most: Need, train: Need, card: float) -> Budget:
-    """Server and trainer on one GPU: the trainer gets what it needs, the server the rest."""
+def _on_shared_gpu(recipe: Recipe, several: int, least: Need, most: Need, train: Need, card: float) -> Budget:
+    """Server and trainer on one GPU: the trainer gets what it needs, the server the rest; `several` as they are one."""
+    who = "server" if several == 1 else f"{several} servers"
     sleep = bool(recipe["vllm_enable_sleep_mode"])
     limit = recipe.own.gpu_memory_limit
     room = memory.USABLE * card if limit is None else limit
@@ -401,8 +412,8 @@ def _on_shared_gpu(recipe: Recipe, least: Need, most: Need, train: Need, card: f
     needed = memory.least_needed(least, train, sleep=sleep)
     if needed > memory.CLEARLY * room:
         why = (
-            f"server and trainer do not fit on one GPU: {needed:.1f} GiB needed, {room:.1f} there\n"
-            f"      server   {least.total:5.1f} = {least.text()}\n"
+            f"{who} and trainer do not fit on one GPU: {needed:.1f} GiB needed, {room:.1f} there\n"
+            f"      {who:<8} {least.total:5.1f} = {least.text()}\n"
             f"      trainer  {train.total:5.1f} = {train.text()}"
         )
         key = "gpu_memory_limit" if limit is not None else _pass_key(recipe)
@@ -425,16 +436,21 @@ def _on_shared_gpu(recipe: Recipe, least: Need, most: Need, train: Need, card: f
         reasons.append(
             f"vLLM's share of the GPU: {chosen.utilization:g}, with room for the completions of a generation"
         )
+    kv_cache = min(_kv_cache(most), chosen.server_gib - least.total + _kv_cache(least)) / several
     shown = Need((*least.parts, ("more KV cache", chosen.server_gib - least.total))) if short else most
     lines = (
         f"GPU 0 ({card:g}{f', held to {limit:g}' if limit is not None else ''}): "
-        f"server {chosen.server_gib:.1f} + trainer {train.total:.1f} = {chosen.server_gib + train.total:.1f}",
-        f"  server: {shown.text()}",
+        f"{who} {chosen.server_gib:.1f} + trainer {train.total:.1f} = {chosen.server_gib + train.total:.1f}",
+        f"  {who}: {shown.text()}",
         f"  trainer: {train.text()}",
     )
     trainer_limit = None if limit is None else _trainer_limit(recipe, chosen.trainer_gib)
-    utilization = chosen.utilization if given is None else given
-    return Budget(utilization, trainer_limit, lines, tuple(reasons))
+    utilization = (chosen.utilization if given is None else given) / several
+    return Budget(utilization, kv_cache if several > 1 else None, trainer_limit, lines, tuple(reasons))
+
+
+def _kv_cache(need: Need) -> float:
+    return sum(gib for what, gib in need.parts if what.endswith("KV cache"))
 
 
 def _trainer_limit(recipe: Recipe, left_gib: float) -> float:

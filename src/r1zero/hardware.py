@@ -12,6 +12,7 @@ from pathlib import Path
 from r1zero import policy_server
 
 LOOPBACK = "127.0.0.1"
+MOST_SERVERS_PER_GPU = 4  # of the recipe's servers_per_gpu, each with a port of its own
 # Bytes that a container may use, of cgroups v2 and v1.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -124,7 +125,7 @@ def assumed(text: str, ports: tuple[int, ...] | None = None) -> Hardware:
 
 def _ports_needed(gpus: int) -> int:
     """Two for the trainer's processes and the weights on their way, and one for each policy server there can be."""
-    return 2 + max(1, gpus)
+    return 2 + max(1, MOST_SERVERS_PER_GPU * gpus)
 
 
 def free_ports(count: int, host: str = LOOPBACK) -> tuple[int, ...]:

@@ -72,6 +72,14 @@ class Need:
         """GiB."""
         return sum(gib for _, gib in self.parts)
 
+    def times(self, count: int) -> "Need":
+        """That of so many such processes on the same GPU.
+
+        >>> Need((("weights", 0.5),), resting=0.25).times(2)
+        Need(parts=(('weights', 1.0),), resting=0.5)
+        """
+        return Need(tuple((what, count * gib) for what, gib in self.parts), count * self.resting)
+
     def text(self) -> str:
         """The parts in one line; those that round to nothing are left out."""
         return " + ".join(f"{what} {gib:.1f}" for what, gib in self.parts if gib >= 0.05)

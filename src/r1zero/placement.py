@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from r1zero.hardware import Hardware
-from r1zero.recipe import Recipe
+from r1zero.recipe import Recipe, own_keys
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Placement:
     2
 
     Attributes:
-        servers: one for each policy server that the launcher starts.
+        servers: one for each policy server that the launcher starts; several may have the same GPU.
         trainers: one for each node that has trainer processes; the first is the first node's.
         processes_per_node: trainer processes on each of these, one a GPU.
         reasons: why, where the recipe left it open.
@@ -54,6 +54,11 @@ class Placement:
     @property
     def trains_on_gpus(self) -> bool:
         return bool(self.trainers[0].gpus)
+
+    @property
+    def servers_per_gpu(self) -> int:
+        """How many policy servers each of their GPUs has; 1 where there are none."""
+        return max((self.servers.count(each) for each in self.servers), default=1)
 
     @property
     def shared(self) -> bool:
@@ -93,6 +98,9 @@ def place(recipe: Recipe, hardware: Hardware) -> Placement:
         here = 0
     if here == 0 or (own.trainer_gpus == 0 and not recipe.launches_server):
         return _on_cpus(recipe, hardware, here, reasons)
+    if nodes > 1 and own.servers_per_gpu > 1:
+        why = "on several nodes all weights travel over NCCL, which cannot join two servers on one GPU"
+        raise recipe.fault("servers_per_gpu", why, "1, or one node, which is enough for a model that gains by it")
     if own.cpu_processes != 1:
         why = f"the trainer runs on GPUs, {here} on each node, so it would have no effect"
         raise recipe.fault("cpu_processes", why, "leave it out, or trainer_gpus: 0 to train on the CPU")
@@ -137,8 +145,8 @@ def _check_server_on_cpu(recipe: Recipe, hardware: Hardware) -> None:
             "or --use_vllm false to generate in the trainer"
         )
         raise recipe.fault("use_vllm", why, remedy)
-    for key in ("server_gpus", "trainer_gpus"):
-        if getattr(recipe.own, key):
+    for key in ("server_gpus", "trainer_gpus", "servers_per_gpu"):
+        if getattr(recipe.own, key) not in (None, own_keys()[key].default, 0):
             raise recipe.fault(key, "no GPU is here", f"leave {key} out: server and trainer then run on the CPU")
     if recipe["vllm_tensor_parallel_size"] > 1:
         raise recipe.fault("vllm_tensor_parallel_size", "no GPU is here", "1 on a CPU")
@@ -174,7 +182,7 @@ def _on_one_node(recipe: Recipe, here: int, reasons: list[str]) -> Placement:
     reasons += _generation_reasons(recipe, server, each)
     if server + trainer < here:
         reasons.append(f"{here - server - trainer} of {here} GPUs stay idle")
-    servers = _servers([0], range(here - server, here), each)
+    servers = _servers([0], range(here - server, here), each) * own.servers_per_gpu
     return Placement(servers, (Allocation(0, tuple(range(trainer))),), trainer, tuple(reasons))
 
 
@@ -187,10 +195,11 @@ def _on_one_gpu(recipe: Recipe, here: int, reasons: list[str]) -> Placement:
     if recipe["vllm_tensor_parallel_size"] > 1:
         why = f"server and trainer share one GPU ({asked})"
         raise recipe.fault("vllm_tensor_parallel_size", why, "use 1, or give server_gpus of their own")
-    reasons.append(f"server and trainer share GPU 0: {asked}")
+    several = own.servers_per_gpu
+    reasons.append(f"{'server' if several == 1 else f'{several} servers'} and trainer share GPU 0: {asked}")
     if here > 1:
         reasons.append(f"{here - 1} of {here} GPUs stay idle")
-    return Placement((Allocation(0, (0,)),), (Allocation(0, (0,)),), 1, tuple(reasons))
+    return Placement((Allocation(0, (0,)),) * several, (Allocation(0, (0,)),), 1, tuple(reasons))
 
 
 def _over_nodes(recipe: Recipe, nodes: int, here: int, reasons: list[str]) -> Placement:
@@ -275,6 +284,9 @@ def _servers(nodes: Iterable[int], gpus: range, each: int) -> tuple[Allocation, 
 
 
 def _generation_reasons(recipe: Recipe, server: int, each: int) -> list[str]:
+    several = recipe.own.servers_per_gpu
+    if server and several > 1:
+        return [f"{server * several} servers: {several} on each of {counted(server, 'GPU')}, servers_per_gpu says so"]
     if server > each:
         return [f"{server // each} servers: {server} GPUs, {each} for each"]
     if recipe.own.method != "grpo" or recipe.dedicated_server:

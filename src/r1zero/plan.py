@@ -231,6 +231,7 @@ def _servers(
             model,
             publish=route.publish,
             utilization=gives.utilization,
+            kv_cache_gib=gives.kv_cache_gib,
             host=LOOPBACK if placed.on_one_node else hardware.nodes[where.node].address,
             port=ports[where.node].pop(0),
         )

@@ -59,6 +59,7 @@ def serve_argv(
     host: str = "127.0.0.1",
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
+    kv_cache_bytes: int | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
     dtype: str = "bfloat16",
@@ -81,6 +82,8 @@ def serve_argv(
         host: address to listen on. vLLM's own default is every interface.
         tensor_parallel_size: GPUs that share one copy of the model.
         gpu_memory_utilization: share of each GPU's memory that the server may take.
+        kv_cache_bytes: of keys and values on each GPU. None lets vLLM measure what is left of its share, which goes
+            wrong where another process takes memory of that GPU meanwhile.
         max_model_len: tokens of prompt and completion together; None leaves it the model's own.
         max_num_seqs: completions generated at once; None leaves it vLLM's own.
         dtype: of the weights; must be the trainer's compute type, or the two are different policies.
@@ -103,6 +106,7 @@ def serve_argv(
     """
     optional: list[str] = []
     for flag, value in (
+        ("--kv-cache-memory-bytes", kv_cache_bytes),
         ("--max-model-len", max_model_len),
         ("--max-num-seqs", max_num_seqs),
         ("--seed", seed),

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from r1zero import library_keys
+from r1zero.hardware import MOST_SERVERS_PER_GPU
 from r1zero.library_keys import LibraryKey
 from r1zero.removed_keys import REMOVED
 from r1zero.reporting import ailments
@@ -186,6 +187,11 @@ class OwnKeys:
         None,
         "GPUs for the policy servers, vllm_tensor_parallel_size of them for each server; 0: it shares the trainer's; "
         "empty: one server, or 0 where there is only one GPU; on several nodes a whole node",
+    )
+    servers_per_gpu: int = _key(
+        1,
+        f"policy servers on each of their GPUs, 1 to {MOST_SERVERS_PER_GPU}: what bounds a small model is not the GPU "
+        "but the one processor thread of each vLLM engine",
     )
     trainer_gpus: int | None = _key(
         None, "GPUs for the trainer on all nodes, one process each; empty: all that the server leaves; 0: the CPU"

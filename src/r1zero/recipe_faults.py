@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r1zero import library_keys
+from r1zero.hardware import MOST_SERVERS_PER_GPU
 from r1zero.policy_server import LORA_RANKS
 from r1zero.recipe import (
     TINY_MODEL,
@@ -351,6 +352,22 @@ def _impossible_packing(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("attn_implementation", attention, why, f"leave it out, or one of: {known}")
 
 
+def _impossible_sharing(recipe: Recipe) -> Iterable[Fault]:
+    """What several policy servers on one GPU cannot do."""
+    several = recipe.own.servers_per_gpu
+    if recipe["vllm_tensor_parallel_size"] > 1:
+        why = (
+            f"a server that needs {recipe['vllm_tensor_parallel_size']} GPUs (vllm_tensor_parallel_size) has them whole"
+        )
+        yield Fault("servers_per_gpu", several, why, "1, or vllm_tensor_parallel_size: 1")
+    if recipe.running_server is not None and not recipe.launches_server:
+        why = "the policy server runs already (vllm_server_base_url)"
+        yield Fault("servers_per_gpu", several, why, "leave it out, and name all servers in vllm_server_base_url")
+    if recipe.own.publish == "nccl":
+        why = "NCCL cannot join two servers on one GPU"
+        yield Fault("publish", "nccl", why, "auto, or servers_per_gpu: 1")
+
+
 def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
     """What no policy server can do, or would do without effect."""
     own = recipe.own
@@ -358,10 +375,17 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         yield Fault(
             "vllm_tensor_parallel_size", recipe["vllm_tensor_parallel_size"], "must be at least 1", "1 is usual"
         )
+    if not 1 <= own.servers_per_gpu <= MOST_SERVERS_PER_GPU:
+        why = f"must be 1 to {MOST_SERVERS_PER_GPU}"
+        yield Fault(
+            "servers_per_gpu", own.servers_per_gpu, why, "2 or more are for models of less than a billion weights"
+        )
+    elif own.servers_per_gpu > 1:
+        yield from _impossible_sharing(recipe)
     if own.max_staleness not in (0, 1):
         yield Fault("max_staleness", own.max_staleness, "must be 0 or 1", "1 overlaps server and trainer, 0 does not")
     if not recipe.dedicated_server:
-        for key in ("server_gpus", "publish", "server_base", "gpu_memory_limit", "max_staleness"):
+        for key in ("server_gpus", "servers_per_gpu", "publish", "server_base", "gpu_memory_limit", "max_staleness"):
             if getattr(own, key) != own_keys()[key].default:
                 why = "this recipe starts no policy server"
                 yield Fault(key, getattr(own, key), why, "add use_vllm: true and vllm_mode: server, or drop it")

@@ -14,6 +14,7 @@ MAY_CHANGE = frozenset(
         *("max_restarts", "max_requeues", "preemption_grace", "stop_on"),
         *("save_steps", "save_total_limit", "logging_steps", "report_to", "runs_dir"),
         *("gpu_memory_limit", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "publish", "server_gpus"),
+        "servers_per_gpu",
         *("gradient_checkpointing", "dataloader_num_workers"),
     }
 )

@@ -46,6 +46,8 @@ def publish_route(recipe: Recipe, placed: Placement) -> Route:
         together = "server and trainer share one GPU, where NCCL cannot join them (trl#3158)"
     elif not placed.trains_on_gpus:
         together = "the trainer has no GPU, and NCCL joins GPUs"
+    elif placed.servers_per_gpu > 1:
+        together = "servers share a GPU, where NCCL cannot join them"
     if asked == "nccl" and together:
         raise recipe.fault("publish", together, "use publish: shared_memory, or auto")
     if asked != "auto":
@@ -127,6 +129,7 @@ def argv(
     *,
     publish: str | None,
     utilization: float,
+    kv_cache_gib: float | None,
     host: str,
     port: int,
 ) -> tuple[str, ...]:
@@ -140,6 +143,7 @@ def argv(
         model: facts of the model's shape, where they are known.
         publish: the route of new policy versions.
         utilization: its share of each of its GPUs.
+        kv_cache_gib: for keys and values on each of them; None for what vLLM finds to be left of its share.
         host: address to listen on.
         port: TCP.
     """
@@ -150,6 +154,7 @@ def argv(
         port=port,
         tensor_parallel_size=max(1, len(where.gpus)),
         gpu_memory_utilization=utilization,
+        kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * memory.GIB),
         max_model_len=context(recipe, model),
         max_num_seqs=sequences(batch, placed),
         dtype=recipe.served_dtype(cpu),

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -269,17 +268,16 @@ def test_the_door_asks_the_servers_and_answers_metrics(
     model: Qwen2ForCausalLM, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     probe = Probe(SEQUENCES, TOLERANCE, tmp_path / "probe.json")
-    asked: list[Any] = []
 
-    def server(shift: float) -> Callable[[list[list[int]]], list[list[list[float]]]]:
-        def answer(sequences: list[list[int]]) -> list[list[list[float]]]:
-            asked.append(sequences)
-            return [[[value + shift for value in each] for each in trainer_logprobs(model, accelerator, sequences)]]
+    def server(shift: float) -> Callable[[], list[list[list[float]]]]:
+        def answer() -> list[list[list[float]]]:
+            own = trainer_logprobs(model, accelerator, probe.sequences)
+            return [[[value + shift for value in each] for each in own]]
 
         return answer
 
     metrics = probe.check(model, accelerator, 0, server(0.01))
-    assert asked == [SEQUENCES]
+    assert probe.sequences == SEQUENCES
     assert metrics["probe/difference"] == pytest.approx(0.01, abs=1e-6) and metrics["probe/seconds"] > 0
     with pytest.raises(PolicyMismatch):
         probe.check(model, accelerator, 1, server(0.5))

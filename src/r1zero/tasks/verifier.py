@@ -73,7 +73,7 @@ class Graded:
 
 
 class Verifier:
-    """Grades completions. Thread-safe; its processes start when they are first needed and end with `close`."""
+    """Grades completions. Thread-safe. Its processes start when needed, or with `begin`; they end with `close`."""
 
     def __init__(
         self,
@@ -112,6 +112,11 @@ class Verifier:
         self._pool: WorkerPool | None = None
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+
+    def begin(self) -> None:
+        """Start the worker processes, where answers may need them, and do not wait: they take seconds to be ready."""
+        if self.answer_match == "math":
+            self._workers_for_algebra().begin()
 
     def grade(
         self, completions: Sequence[str], golds: Sequence[str], questions: Sequence[str] | None = None
@@ -230,12 +235,14 @@ class Verifier:
     def _ask(self, calls: Sequence[tuple[str, str]]) -> list[Outcome]:
         if not calls:
             return []
+        share = min(BATCH_CPU_SECONDS / len(calls), MOST_CPU_SECONDS)
+        return self._workers_for_algebra().map(calls, max(share, CPU_SECONDS))
+
+    def _workers_for_algebra(self) -> WorkerPool:
         with self._lock:
             if self._pool is None:
                 self._pool = self._new_pool(CPU_SECONDS, WALL_SECONDS)
-            pool = self._pool
-        share = min(BATCH_CPU_SECONDS / len(calls), MOST_CPU_SECONDS)
-        return pool.map(calls, max(share, CPU_SECONDS))
+            return self._pool
 
     def _new_pool(self, cpu_seconds: float, wall_seconds: float) -> WorkerPool:
         return WorkerPool(

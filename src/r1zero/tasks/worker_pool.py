@@ -55,9 +55,9 @@ class Outcome:
 class WorkerPool:
     """Runs one function in worker processes, each call under limits of CPU time, wall time and memory.
 
-    The processes start at the first call. They end with `close()`, with the last reference to the pool, and within a
-    second of this process, even when it is killed; calls under way do not hold them up. A process forked from this one
-    can use the pool as well: it starts a manager of its own.
+    The processes start at the first call, or with `begin()`. They end with `close()`, with the last reference to the
+    pool, and within a second of this process, even when it is killed; calls under way do not hold them up. A process
+    forked from this one can use the pool as well: it starts a manager of its own.
 
     Calls of `map` from several threads run one after the other. Each keeps all the workers busy, so nothing would be
     gained by mixing them, and an interrupted one (Ctrl-C) can simply stop the manager and leave nothing behind.
@@ -107,6 +107,15 @@ class WorkerPool:
         self._stop_manager: weakref.finalize[[], WorkerPool] | None = None
         _pools.add(self)
 
+    def begin(self) -> None:
+        """Start the processes, and do not wait for them: importing the module can take seconds.
+
+        What is wrong with them, the next `map` says.
+        """
+        with self._lock:
+            if self._manager is None and not self._closed:
+                self._start()
+
     def map(self, calls: Sequence[Sequence[Any]], cpu_seconds: float | None = None) -> list[Outcome]:
         """The outcomes of the function for each list of arguments in `calls`, in the order of `calls`.
 
@@ -130,6 +139,7 @@ class WorkerPool:
                 before = len(outcomes)
                 try:
                     manager = self._manager or self._start()
+                    manager.wait_until_ready()
                     manager.run(requests, outcomes)
                 except _ManagerDied as death:
                     self._stop()
@@ -163,7 +173,6 @@ class WorkerPool:
         self._manager = manager
         # Also when the pool is collected without close(), and when the interpreter ends.
         self._stop_manager = weakref.finalize(self, manager.stop)
-        manager.wait_until_ready()
         return manager
 
     def _stop(self) -> None:
@@ -190,8 +199,8 @@ class _Manager:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._received = Lines()
+        self._ready = False
         self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
         with theirs:
             # A session of its own, so that Ctrl-C in a terminal reaches this process alone. A fixed hash seed, so that
             # what depends on the order of a set comes out the same in every run.
@@ -202,16 +211,22 @@ class _Manager:
                 env=os.environ | {"PYTHONHASHSEED": "0"},
                 start_new_session=True,
             )
+        with suppress(ConnectionError):  # its end shows when it is read from
+            self._channel.sendall(settings.to_line(), socket.MSG_NOSIGNAL)
+        self._channel.setblocking(False)
 
     def wait_until_ready(self) -> None:
-        """Returns when the workers stand.
+        """Returns when the workers stand, at once from the second time on.
 
         Raises:
             WorkerPoolError: when the function cannot be had, with the manager's traceback.
             _ManagerDied
         """
-        for line in self._exchange(self._settings.to_line(), READY_S):
+        if self._ready:
+            return
+        for line in self._exchange(b"", READY_S):
             if line == b"ready":
+                self._ready = True
                 return
             raise WorkerPoolError(f"no worker for {self._settings.function}: {_fault(line)}")
 
@@ -256,7 +271,7 @@ class _Manager:
         """
         unsent = memoryview(message)
         with selectors.PollSelector() as selector:
-            selector.register(self._channel, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            selector.register(self._channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if message else 0))
             while True:
                 if not (ready := selector.select(patience)):
                     raise _ManagerDied(f"it said nothing for {patience:g} s")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from trl.trainer import grpo_trainer
@@ -123,26 +123,28 @@ class PolicyServer:
         self.version = version
         return {"publish/seconds": published.seconds, "publish/bytes": float(published.bytes)}
 
-    def prove(self) -> dict[str, float]:
-        """Compare the servers with the trainer after a publish. A collective.
+    def begin_proof(self) -> Callable[[], dict[str, float]]:
+        """Ask the servers for what proves, after a publish, that they have the trainer's policy.
+
+        They answer before anything that they are asked for later, so completions can be asked for at once.
 
         Returns:
-            Metrics: what the probe found.
+            What compares their answer with the trainer's own, and must be called before anything is learned from these
+            completions. A collective. It returns metrics: what the probe found.
 
-        Raises:
+        Raises (what is returned):
             PolicyServerError: a server refused, was gone, or was too slow.
             PolicyMismatch: the servers have another policy than the trainer.
         """
-        if self.version is None:
+        version = self.version
+        if version is None:
             raise RuntimeError("nothing was published yet")
-        return self.probe.check(
-            self._model,
-            self._accelerator,
-            self.version,
-            lambda sequences: self.client.prompt_logprobs(
-                sequences, model=self.publisher.adapter_name, timeout_s=self.settings.publish_timeout
-            ),
+        if not self._accelerator.is_main_process:
+            return lambda: self.probe.check(self._model, self._accelerator, version, _asked_elsewhere)
+        answer = self.client.ask_prompt_logprobs(
+            self.probe.sequences, model=self.publisher.adapter_name, timeout_s=self.settings.publish_timeout
         )
+        return lambda: self.probe.check(self._model, self._accelerator, version, answer)
 
     def wake(self) -> None:
         """Give the servers their memory back, where they gave it up."""
@@ -166,6 +168,10 @@ class PolicyServer:
             self.client.control_all("POST", path, timeout_s=self.settings.publish_timeout)
 
         policy_sync.on_main_process(self._accelerator, call)
+
+
+def _asked_elsewhere() -> NoReturn:
+    raise AssertionError("the main process asks")
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from r1zero.training.mapped_file import HostCopy, MappedFile
 ADAPTER = "default"  # PEFT's name for the adapter that is trained
 BUCKET_BYTES = 2**30
 LATE_S = 5.0  # what a server's own deadline may come late by: its error says more than ours
+MOST_OF_FREE = 0.5  # of the space that is free there, for files that stay
 SPARE_BYTES = 2**20  # headers of files, and what the file system keeps for itself
 RESET_FIRST = "running generations keep the cache alive: publish when none is under way"
 
@@ -289,12 +290,9 @@ class FoldedPublisher(WholeAdapterPublisher):
             _post(self._client, "/init_weight_transfer_engine", {"init_info": {}}, deadline)
             self._met = True
         _post(self._client, "/start_weight_update", {}, deadline)
-        path = self._file.path
-        # It is made once, and has all its space from then on.
-        with nullcontext() if path.exists() else _writing(path, self._adapter.bytes(parameters)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with _rewriting(self._file, self._adapter.bytes(parameters)):
             self._file.name(self._adapter.weights(parameters))
-        info = {"file": path.name, "scaling": self._scaling}
+        info = {"file": self._file.path.name, "scaling": self._scaling}
         _post(self._client, "/update_weights", {"update_info": info}, deadline)
         _finish(self._client, version, deadline)
 
@@ -323,8 +321,8 @@ class WeightsPublisher:
         deadline = began + self._timeout_s
         on_main_process(self._accelerator, lambda: self._start(deadline))
         size = 0
-        for bucket in iter_full_parameters(self._model, self._accelerator, self._bucket_bytes):
-            on_main_process(self._accelerator, partial(self._send, bucket, deadline))
+        for place, bucket in enumerate(iter_full_parameters(self._model, self._accelerator, self._bucket_bytes)):
+            on_main_process(self._accelerator, partial(self._send, place, bucket, deadline))
             size += _bytes(bucket, self._dtype)
         on_main_process(self._accelerator, lambda: _finish(self._client, version, deadline))
         return Published(version, time.monotonic() - began, size, self.route)
@@ -342,13 +340,17 @@ class WeightsPublisher:
         """Make ready what the servers receive weights with; once for all publishes."""
         raise NotImplementedError
 
-    def _send(self, bucket: Bucket, deadline: float) -> None:
-        """Hand one bucket over; returns when the servers have it."""
+    def _send(self, place: int, bucket: Bucket, deadline: float) -> None:
+        """Hand the bucket at `place`, from 0 on, over; returns when the servers have it."""
         raise NotImplementedError
 
 
 class SharedMemoryPublisher(WeightsPublisher):
-    """All weights as files, bucket by bucket; our own engine in the servers (`SHARED_MEMORY`) reads them."""
+    """All weights as files, one for each bucket; our own engine in the servers (`SHARED_MEMORY`) reads them.
+
+    Where there is room for all of them they stay, so that what costs time, making them and pinning their memory, is
+    done once. Else there is one at a time.
+    """
 
     route = "shared_memory"
 
@@ -364,23 +366,29 @@ class SharedMemoryPublisher(WeightsPublisher):
     ) -> None:
         super().__init__(model, accelerator, client, timeout_s, dtype, bucket_bytes)
         self._folder = publish_folder
-        self._copied = HostCopy(dtype)
-        self._sent = 0
+        self._files: list[MappedFile] = []  # by bucket
+        self._stay = False
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
 
     def _meet(self, deadline: float) -> None:
         _post(self._client, "/init_weight_transfer_engine", {"init_info": {}}, deadline)
+        size = sum(_size(each) for each in _unwrapped(self._accelerator, self._model).parameters())
+        self._stay = size * self._dtype.itemsize < MOST_OF_FREE * shutil.disk_usage(_existing(self._folder)).free
 
-    def _send(self, bucket: Bucket, deadline: float) -> None:
-        name = f"weights-{self._sent}.safetensors"
-        self._sent += 1
-        file = self._folder / name
+    def _send(self, place: int, bucket: Bucket, deadline: float) -> None:
+        if place == len(self._files):
+            self._files.append(MappedFile(self._folder / f"weights-{place}.safetensors", self._dtype))
+        file = self._files[place]
+        with _rewriting(file, _bytes(bucket, self._dtype)):
+            file.name(file(dict(bucket)))
         try:
-            with _writing(file, _bytes(bucket, self._dtype)):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                save_file(self._copied(dict(bucket)), file)
-            _post(self._client, "/update_weights", {"update_info": {"files": [name]}}, deadline)
+            _post(self._client, "/update_weights", {"update_info": {"files": [file.path.name]}}, deadline)
         finally:
-            file.unlink(missing_ok=True)
+            if not self._stay:
+                file.close()
 
 
 @dataclass(frozen=True)
@@ -450,7 +458,7 @@ class NcclPublisher(WeightsPublisher):
             deadline,
         )
 
-    def _send(self, bucket: Bucket, deadline: float) -> None:
+    def _send(self, place: int, bucket: Bucket, deadline: float) -> None:
         wire = self._wire
         assert wire is not None  # noqa: S101 - _start has made it
         info = {
@@ -670,13 +678,25 @@ def _gathered(parameters: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
+def _rewriting(file: MappedFile, size: int) -> Iterator[None]:
+    """Space for the file's `size` bytes is made sure of the first time; it has it from then on.
+
+    Raises:
+        PublishError: as `_writing`.
+    """
+    with nullcontext() if file.path.exists() else _writing(file.path, size):
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+@contextmanager
 def _writing(path: Path, size: int) -> Iterator[None]:
     """Space for `size` bytes at `path` is made sure of first, and what was begun is taken away when it fails.
 
     Raises:
         PublishError: there is too little space, or it cannot be written.
     """
-    existing = next(each for each in path.parents if each.is_dir())
+    existing = _existing(path.parent)
     free = shutil.disk_usage(existing).free
     if free < size + SPARE_BYTES:
         raise PublishError(_too_little(path, size, free))
@@ -689,6 +709,11 @@ def _writing(path: Path, size: int) -> Iterator[None]:
         if free < size:
             raise PublishError(_too_little(path, size, free)) from error
         raise PublishError(f"{path} cannot be written: {error}") from error
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that there is."""
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
 def _too_little(path: Path, size: int, free: int) -> str:

@@ -95,6 +95,9 @@ class Movement:
 class Probe:
     """Compares the servers with the trainer on fixed sequences, after each publish.
 
+    Attributes:
+        sequences: those.
+
     Args:
         sequences: token ids, at least two each; the same in every process and for the whole run.
         tolerance: of the mean absolute difference, nats: the recipe's probe_tolerance.
@@ -102,8 +105,8 @@ class Probe:
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], tolerance: float, evidence: Path) -> None:
-        self._sequences = [list(each) for each in sequences]
-        if not self._sequences or min(map(len, self._sequences)) < 2:
+        self.sequences = [list(each) for each in sequences]
+        if not self.sequences or min(map(len, self.sequences)) < 2:
             raise ValueError("the probe needs sequences of at least two tokens each")
         self._tolerance, self._evidence = tolerance, evidence
         self._anchors: dict[int, _Seen] = {}  # by server
@@ -114,7 +117,7 @@ class Probe:
         model: torch.nn.Module,
         accelerator: Any,
         version: int,
-        ask: Callable[[list[list[int]]], Sequence[Logprobs]],
+        answer: Callable[[], Sequence[Logprobs]],
     ) -> dict[str, float]:
         """Compare what the servers answer with the trainer's own forward pass. A collective.
 
@@ -122,7 +125,7 @@ class Probe:
             model: the policy, as it is trained.
             accelerator: of the trainer.
             version: the one that was published last.
-            ask: the servers' logprobs of these sequences, a list for each server; called on the main process only.
+            answer: the servers' logprobs of `sequences`, a list for each server; called on the main process only.
 
         Returns:
             Metrics, of the server that is farthest off: probe/difference and probe/difference_max (nats, over tokens),
@@ -134,8 +137,8 @@ class Probe:
             PublishError: on the other ranks, with the same message.
         """
         began = time.monotonic()
-        own = trainer_logprobs(model, accelerator, self._sequences)
-        found = on_main_process(accelerator, lambda: self.compare(version, own, ask(self._sequences)))
+        own = trainer_logprobs(model, accelerator, self.sequences)
+        found = on_main_process(accelerator, lambda: self.compare(version, own, answer()))
         return {**found, "probe/seconds": time.monotonic() - began}
 
     def compare(self, version: int, trainer: Logprobs, servers: Sequence[Logprobs]) -> dict[str, float]:
@@ -210,7 +213,7 @@ class Probe:
                 "server_index": index,
                 "why": why,
                 "probe_tolerance": self._tolerance,
-                "tokens": self._sequences,
+                "tokens": self.sequences,
                 **sides,
             },
         )

@@ -181,9 +181,11 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
         self._stop_if_asked()
         if self.server:
             self._wait_for_next_window()
-            self._publish()
+            prove = self._publish()
             with self.clock.phase("generate"):
                 ticket = self.rollouts.submit(prompt_ids, group, {**self.server.sampling, **sampling}, seed)
+            prove()
+            with self.clock.phase("generate"):
                 completed = self._collect(ticket)
             self.server.rest()
             return completed
@@ -215,6 +217,7 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
     def _complete_window(self, prompt_ids: Sequence[Sequence[int]], group: int) -> list[Rollout]:
         """This process's completions of the window that begins now; the servers go on with the next. A collective."""
         number, share = self._step // self._batches_of_a_window, len(prompt_ids)
+        prove = _proven
         if self.next_window is None:
             completed = self.complete(prompt_ids, group, self._seed_of_window(number, share))
         else:
@@ -222,9 +225,10 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
             self._wait_for_next_window()
             completed = self.next_window.take(number, prompt_ids)
             self.next_window = None
-            self._publish()
+            prove = self._publish()
         if self.max_staleness and self._another_window_follows():
             self.next_window = self._begin_window(number + 1, group, share)
+        prove()
         return completed
 
     def _begin_window(self, number: int, group: int, share: int) -> NextWindow:
@@ -293,19 +297,30 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
                 self.recorder.alert(self.state.global_step, GIVEN_UP.format(why))
         return {}
 
-    def _publish(self) -> None:
-        """Give the policy server the weights of this step, where it does not have them yet."""
-        assert self.server is not None  # noqa: S101 - its callers know
-        if self.server.version == self.state.global_step:
-            self.server.wake()
-            return
+    def _publish(self) -> Callable[[], None]:
+        """Give the policy server the weights of this step, where it does not have them yet.
+
+        Returns:
+            What proves that they arrived: a collective, called once completions have been asked for, so that the server
+            makes these meanwhile.
+        """
+        server = self.server
+        assert server is not None  # noqa: S101 - its callers know
+        if server.version == self.state.global_step:
+            server.wake()
+            return _proven
         with self.clock.phase("publish"):
-            metrics = self.server.publish(self.state.global_step)
-        with self.clock.phase("probe"):
-            metrics |= self.server.prove()
+            metrics = server.publish(self.state.global_step)
+            proof = server.begin_proof()
         self._last_loaded_step = self.state.global_step
-        for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
+
+        def prove() -> None:
+            with self.clock.phase("probe"):
+                found = proof()
+            for name, value in {**metrics, **found}.items():
+                self._metrics["train"][name].append(value)
+
+        return prove
 
     def _generate_single_turn(
         self,
@@ -453,6 +468,10 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
             share = alarm.add(metrics[f"verdict/{alarm.verdict}"][-1])
             if share is not None:
                 self.recorder.alert(self.state.global_step + 1, alarm.message(share))
+
+
+def _proven() -> None:
+    """Nothing was published, so there is nothing to prove."""
 
 
 def _mean(values: Sequence[float]) -> float:
