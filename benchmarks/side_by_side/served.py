@@ -24,22 +24,35 @@ class Served:
 
     Attributes:
         client: that speaks to it.
+        url: of it.
         pid: of its front.
         publish_folder: where it looks for what is published.
     """
 
     client: PolicyClient
+    url: str
     pid: int
     publish_folder: Path
 
 
 @contextmanager
-def served(model: Path, label: str, *, adapters: bool = False, **more: Any) -> Iterator[Served]:
-    """Start one and end it; `more` is for `serve_argv`."""
+def served(
+    model: Path, label: str, *, adapters: bool = False, token: str | None = None, share: float = 0.4, **more: Any
+) -> Iterator[Served]:
+    """Start one and end it.
+
+    Args:
+        model: folder.
+        label: what it is called.
+        adapters: it will be sent adapters.
+        token: that it asks for; None makes one.
+        share: of the GPU's memory.
+        more: for `serve_argv`.
+    """
     cpu = not torch.cuda.is_available()
     (port,) = free_ports(1)
-    token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
-    argv = serve_argv(model=str(model), port=port, gpu_memory_utilization=0.4, cpu=cpu, **more)
+    token, url = token or secrets.token_hex(16), f"http://127.0.0.1:{port}"
+    argv = serve_argv(model=str(model), port=port, gpu_memory_utilization=share, cpu=cpu, **more)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, tempfile.TemporaryFile() as log:
         env = {**os.environ, **dict(serve_env(adapters=adapters, cpu=cpu)), TOKEN: token, PUBLISH_FOLDER: folder}
         server = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
@@ -47,7 +60,7 @@ def served(model: Path, label: str, *, adapters: bool = False, **more: Any) -> I
             waited = wait_until_ready(url, deadline_s=900, check=lambda: _alive(server, log), token=token)
             print(f"{label}: server ready after {waited:.0f} s", flush=True)
             with PolicyClient([url], token, generation_timeout_s=600) as client:
-                yield Served(client, server.pid, Path(folder))
+                yield Served(client, url, server.pid, Path(folder))
         finally:
             server.terminate()
             server.wait(60)
