@@ -66,7 +66,7 @@ def test_the_gpus_that_cuda_visible_devices_lets_through(
     assert [node.host for node in found.nodes] == [socket.gethostname()]
     assert found.nodes[0].gpus == expected
     assert found.gpus_per_node == len(expected)
-    assert len(set(found.ports)) == 2 + max(1, len(expected))  # one for a policy server on each GPU
+    assert len(set(found.ports)) == 2 + max(1, 4 * len(expected))  # four policy servers on each GPU
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_whether_a_server_can_run_without_a_gpu(available: bool, monkeypatch: py
 def test_several_nodes_are_one_hardware(machine: Path) -> None:
     two_gpus(machine)
     here = hardware.this_node()
-    assert here.gpus == (A10, H200) and len(set(here.ports)) == 4
+    assert here.gpus == (A10, H200) and len(set(here.ports)) == 10
     there = replace(here, host="d2", gpus=(A10,), ports=(7, 8, 9), address="10.0.0.2")
     found = hardware.of_nodes((here, there))
     assert found.nodes == (here, there)
@@ -127,7 +127,7 @@ def test_assumed_hardware(text: str, nodes: int, gpus: int, memory: float | None
     assert all("assumed" in gpu.name for gpu in found.nodes[0].gpus)
     assert not found.torch_cpu_only
     assert not found.cpu_server
-    assert len(set(found.ports)) == 2 + max(1, gpus)
+    assert len(set(found.ports)) == 2 + max(1, 4 * gpus)
     assert [node.ports for node in assumed(text, (1, 2, 3)).nodes] == [(1, 2, 3)] * nodes
     assert len({node.address for node in found.nodes}) == nodes
     assert nodes > 1 or found.nodes[0].address == "127.0.0.1"

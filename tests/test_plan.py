@@ -19,6 +19,7 @@ RECIPES = [path for path in (PROJECT / "recipes").rglob("*.yaml") if not (path.p
 PORTS = tuple(range(41001, 41011))
 TINY, MATH_7B = "recipes/tiny/arithmetic_grpo.yaml", "recipes/qwen2.5-math-7b/math_zero3.yaml"
 GRPO, QLORA = "recipes/smollm2-135m/gsm8k_grpo.yaml", "recipes/qwen2.5-3b/gsm8k_qlora.yaml"
+LORA = ("--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj")
 PADDED = ("--micro_batch_tokens", "null")  # GRPO packs
 SMOLLM2 = ModelFacts(8192, "llama", ModelShape(576, 30, 9, 3, 64, 1536, 49152, tied_embeddings=True))
 QWEN = ModelFacts(32768, "qwen2", ModelShape(2048, 36, 16, 2, 128, 11008, 151936, tied_embeddings=True))
@@ -313,10 +314,67 @@ def test_collectives_wait_as_long_as_another_process_may_take() -> None:
     assert "--ddp_timeout" not in given.trainers[0].argv  # the recipe's own, in its file
 
 
-def test_the_smallest_machine_of_assumed_hardware_has_ports_enough_for_a_server_on_each_gpu() -> None:
-    loaded = recipe.load(GRPO, ["--server_gpus", "3", "--trainer_gpus", "1"])
-    planned = plan.make(loaded, hardware.assumed("1x4"), Path("runs/run"), Path())
-    assert len(set(planned.server_urls)) == len(planned.servers) == 3
+def test_assumed_hardware_has_ports_enough_for_all_servers() -> None:
+    loaded = recipe.load(GRPO, ["--server_gpus", "3", "--trainer_gpus", "1", "--servers_per_gpu", "4"])
+    planned = plan.make(loaded, hardware.assumed("1x4:80"), Path("runs/run"), Path(), SMOLLM2)
+    assert len(set(planned.server_urls)) == len(planned.servers) == 12
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "gpu", "route"),
+    [("1x1:80", (), 0, "shared_memory"), ("1x2:80", (), 1, "shared_memory"), ("1x2:80", LORA, 1, "folded")],
+)
+def test_several_servers_on_one_gpu(machine: str, words: tuple[str, ...], gpu: int, route: str) -> None:
+    planned = plan_of(GRPO, machine, "--servers_per_gpu", "2", *words, model=SMOLLM2)
+    one = plan_of(GRPO, machine, *words, model=SMOLLM2)
+    assert [each.gpus for each in planned.servers] == [(gpu,)] * 2 and planned.publish == route
+    assert len(set(planned.server_urls)) == 2 and flag(planned.trainers[0], "--publish") == route
+    assert {flag(each, "--max-num-seqs") for each in planned.servers} == {"260"}, "half of the 512, and what looks on"
+    # The same memory as one would have: vLLM cannot measure it, as the other one starts at the same time.
+    share = sum(float(flag(each, "--gpu-memory-utilization")) for each in planned.servers)
+    assert share <= 0.9 and "--kv-cache-memory-bytes" not in one.servers[0].argv
+    each_gib = int(flag(planned.servers[0], "--kv-cache-memory-bytes")) / 2**30
+    assert 260 * (384 + 192 + 1) * SMOLLM2.shape.kv_bytes_per_token(2) / 2**30 <= each_gib + 0.1
+    assert each_gib < share * 80 / 2
+
+
+def test_each_server_on_a_gpu_of_24_gib_leaves_room_for_the_others_graphs_and_context() -> None:
+    planned = plan_of(GRPO, "1x2:22.5", "--servers_per_gpu", "4", model=SMOLLM2)
+    share = sum(float(flag(each, "--gpu-memory-utilization")) for each in planned.servers)
+    assert share * 22.5 + 4 * memory.SERVER_BEYOND_SHARE_GIB <= 22.5
+    assert "each of 4 servers" in planned.render()
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "model", "key", "named"),
+    [
+        ("2x2:80", (), SMOLLM2, "servers_per_gpu", "on several nodes"),
+        ("1x0 cpu server", ("--trainer_gpus", "0"), SMOLLM2, "servers_per_gpu", "no GPU is here"),
+        ("1x2:80", ("--vllm_server_base_url", "http://h:1"), SMOLLM2, "servers_per_gpu", "runs already"),
+        ("1x2:80", ("--vllm_tensor_parallel_size", "2"), SMOLLM2, "servers_per_gpu", "needs 2 GPUs"),
+        ("1x2:80", ("--publish", "nccl"), SMOLLM2, "publish", "NCCL cannot join two servers on one GPU"),
+        ("1x2:80", PADDED, ModelFacts(8192, "other", None), "servers_per_gpu", "cannot be divided"),
+        ("1x1:22.5", (), SMOLLM2, "micro_batch_tokens", "4 servers and trainer do not fit"),
+        ("1x2:8", ("--micro_batch_tokens", "1024"), SMOLLM2, "servers_per_gpu", "a server needs"),
+    ],
+)
+def test_where_several_servers_on_one_gpu_are_impossible(
+    machine: str, words: tuple[str, ...], model: ModelFacts, key: str, named: str
+) -> None:
+    with pytest.raises(recipe.RecipeError) as caught:
+        plan_of(GRPO, machine, "--servers_per_gpu", "4", *words, model=model)
+    assert named in str(caught.value) and f"  {key} = " in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [(), ("--servers_per_gpu", "2"), ("--servers_per_gpu", "2", "--server_gpus", "0")])
+def test_what_a_trainer_is_given_is_a_recipe_without_faults(words: tuple[str, ...]) -> None:
+    """It loads the recipe anew, with the addresses of servers that run by then."""
+    planned = plan_of(GRPO, "1x2:80", *words, model=SMOLLM2)
+    argv = planned.trainers[0].argv
+    given = argv[argv.index("--run_folder") + 2 :]
+    assert "--vllm_server_base_url" in given
+    again = recipe.load(GRPO, (*words, *given))
+    assert not again.launches_server and again.running_server == ",".join(planned.server_urls)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,9 @@ def place(recipe: Recipe, hardware: Hardware) -> Placement:
         here = 0
     if here == 0 or (own.trainer_gpus == 0 and not recipe.launches_server):
         return _on_cpus(recipe, hardware, here, reasons)
+    if own.servers_per_gpu > 1 and not recipe.launches_server:
+        why = "the policy server runs already (vllm_server_base_url)"
+        raise recipe.fault("servers_per_gpu", why, "leave it out, and name all servers in vllm_server_base_url")
     if nodes > 1 and own.servers_per_gpu > 1:
         why = "on several nodes all weights travel over NCCL, which cannot join two servers on one GPU"
         raise recipe.fault("servers_per_gpu", why, "1, or one node, which is enough for a model that gains by it")

@@ -360,9 +360,6 @@ def _impossible_sharing(recipe: Recipe) -> Iterable[Fault]:
             f"a server that needs {recipe['vllm_tensor_parallel_size']} GPUs (vllm_tensor_parallel_size) has them whole"
         )
         yield Fault("servers_per_gpu", several, why, "1, or vllm_tensor_parallel_size: 1")
-    if recipe.running_server is not None and not recipe.launches_server:
-        why = "the policy server runs already (vllm_server_base_url)"
-        yield Fault("servers_per_gpu", several, why, "leave it out, and name all servers in vllm_server_base_url")
     if recipe.own.publish == "nccl":
         why = "NCCL cannot join two servers on one GPU"
         yield Fault("publish", "nccl", why, "auto, or servers_per_gpu: 1")

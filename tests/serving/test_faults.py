@@ -87,7 +87,7 @@ class Trainer:
 
     def publish(self, joined: PolicyServer, version: int) -> dict[str, float]:
         self.learn()
-        return joined.publish(version) | joined.prove()
+        return joined.publish(version) | joined.begin_proof()()
 
     def generate(self, joined: PolicyServer) -> list[Rollout]:
         ticket = joined.rollouts.submit([self.probe[:8]] * 4, 4, joined.sampling)
@@ -212,7 +212,7 @@ def test_a_probe_that_cannot_be_had(fault: str, proxy: Proxy, trainer: Callable[
         joined.publish(1)
         proxy.spoil(fault, COMPLETIONS)
         with pytest.raises(PolicyServerError) as caught:
-            joined.prove()
+            joined.begin_proof()()
         assert_named(caught.value, proxy, COMPLETIONS)
 
 
