@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -445,15 +445,9 @@ class PolicyClient:
         Raises:
             PolicyServerError: and its subclasses, as `collect`.
         """
-        return self.ask_prompt_logprobs(prompts, model, timeout_s=timeout_s)()
-
-    def ask_prompt_logprobs(
-        self, prompts: Sequence[Sequence[int]], model: str | None = None, *, timeout_s: float
-    ) -> Callable[[], list[list[list[float]]]]:
-        """`prompt_logprobs` asked for at once: what this returns waits for the answer and gives or raises it."""
         deadline = self._deadline(timeout_s)
-        asked = self._begin(_all([self._probe(url, prompts, model, deadline) for url in self.base_urls]))
-        return lambda: self._wait(asked, deadline)
+        each = (self._probe(url, prompts, model, deadline) for url in self.base_urls)
+        return self._wait(self._begin(_all(each)), deadline)
 
     def first_token(self, url: str, timeout_s: float) -> int:
         """One token of a server's base model: the proof that it is alive.

@@ -271,7 +271,8 @@ def test_a_disk_that_fills_up_while_the_policy_is_written(
 ) -> None:
     mine = trainer(route)
     with mine.joined() as joined:
-        mine.publish(joined, 1)
+        if route == "adapter":  # files that carry all weights have their space from the first publish on
+            mine.publish(joined, 1)
         before = sorted(each.name for each in server.publish.iterdir())
         proxy.seen.clear()
         with at_most(50_000), pytest.raises(PublishError, match=r"cannot be written: .*File too large"):
@@ -283,5 +284,6 @@ def test_a_disk_that_fills_up_while_the_policy_is_written(
             assert mine.publish(joined, 3)["probe/difference"] < 1e-3
             assert {each.policy_version for each in mine.generate(joined)} == {3}
         else:
+            joined.version = 1  # as for a trainer that has published before
             with pytest.raises(PolicyServerUpdating):
                 mine.generate(joined)

@@ -26,6 +26,7 @@ from r1zero.policy_client import PolicyClient, PolicyServerError, Rollout, Wrong
 from r1zero.restarts import Refusal
 from r1zero.run_folder import RunFolder, read_json, write_json
 from r1zero.serving import PUBLISH_FOLDER, TOKEN
+from r1zero.training import probe
 from r1zero.training.next_window import NextWindow, packed
 from r1zero.training.stopping import StopRequest
 from r1zero.training.trainer import PolicyTrainer
@@ -174,11 +175,6 @@ def rounds(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted((each for each in calls if "n" in each), key=lambda each: float(each["came"]))
 
 
-def publishing(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that made a policy version what is served."""
-    return [each for each in calls if each["path"] != "/v1/completions"]
-
-
 def told_idle(folder: RunFolder) -> list[tuple[int, float, float]]:
     """Of each step that says so, how idle server and trainer were."""
     lines = [line for line in folder.read_metrics() if line["kind"] == "step" and "idle/server" in line]
@@ -237,21 +233,28 @@ def test_each_step_says_how_idle_either_side_was(overlapped: tuple[RunFolder, li
 def test_nothing_is_under_way_while_weights_are_published(
     overlapped: tuple[RunFolder, list[dict[str, Any]]],
 ) -> None:
-    others = publishing(overlapped[1])
-    assert len({each["path"] for each in others}) >= 4
+    others = [each for each in overlapped[1] if "n" not in each]
+    assert len({each["path"] for each in others}) >= 5
     assert [each for each in others if each["under_way"]] == []
 
 
-def test_the_proof_of_a_publish_is_asked_for_before_anything_else(
-    overlapped: tuple[RunFolder, list[dict[str, Any]]],
+def test_completions_are_asked_for_before_the_trainer_has_computed_its_side_of_the_proof(
+    server: Served, recipe: Callable[..., Path], tmp_path: Path, in_process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So it never waits for completions, although these are asked for before it is there."""
-    calls = sorted(overlapped[1], key=lambda each: each["came"])
-    after = [later for each, later in itertools.pairwise(calls) if each["path"] == "/reset_prefix_cache"]
-    assert len(after) == 6 and all(each["path"] == "/v1/completions" and "n" not in each for each in after)
-    proofs = [each for each in calls if each["path"] == "/v1/completions" and "n" not in each]
-    made = [each for each in calls if "n" in each]
-    assert any(proof["came"] < each["came"] < proof["done"] for proof in proofs for each in made)
+    before, computed = len(server.calls), []
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.3)
+        found = compute(*given)
+        computed.append(time.time())
+        return found
+
+    compute = probe.trainer_logprobs
+    monkeypatch.setattr(probe, "trainer_logprobs", slow)
+    assert in_process(recipe(server, max_steps=3), tmp_path / "run")[0] == 0
+    asked = [float(each["came"]) for each in rounds(server.calls[before:])]
+    # Two requests a window: the first proof beside window 0, the second beside window 2; none comes after that.
+    assert [sum(each < done for each in asked) for done in computed] == [2, 6, 6]
 
 
 def test_every_prompt_comes_once_before_any_comes_again(overlapped: tuple[RunFolder, list[dict[str, Any]]]) -> None:
@@ -308,7 +311,7 @@ def test_a_run_that_is_measured_on_the_way_learns_the_same(
     assert measured == [0, 2, 4, 6]
     for step in measured:
         assert {row["policy_version"] for row in rows(folder.rollouts(step, "test"))} == {step}
-    assert [each for each in publishing(server.calls[before:]) if each["under_way"]] == []
+    assert [each for each in server.calls[before:] if "n" not in each and each["under_way"]] == []
     (tmp_path / "again").mkdir()
     checkpoint = as_killed_after(folder, 4, tmp_path / "again")
     code, again, err = in_process(recipe(server, **words), tmp_path / "again", "--resume", checkpoint)
@@ -328,7 +331,7 @@ def test_windows_of_several_steps_and_an_adapter(
     assert labels(folder) == [(1, 0), (4, 0), (7, 3)]
     assert [line["staleness"] for line in steps(folder) if "staleness" in line] == [0, 3, 3]
     calls = server.calls[before:]
-    assert len(rounds(calls)) == 18 and not [each for each in publishing(calls) if each["under_way"]]
+    assert len(rounds(calls)) == 18 and not [each for each in calls if "n" not in each and each["under_way"]]
     (tmp_path / "again").mkdir()
     checkpoint = as_killed_after(folder, 5, tmp_path / "again")
     code, again, err = in_process(recipe(server, **keys), tmp_path / "again", "--resume", checkpoint)
@@ -364,7 +367,7 @@ def test_several_processes_and_servers(
         for calls in (server.calls[before:], other.calls):
             # Each server has one prompt of each window, though each process has one prompt alone.
             assert [each["version"] for each in rounds(calls)] == [version for _, version in LABELS[:4]]
-            assert not [each for each in publishing(calls) if each["under_way"]]
+            assert not [each for each in calls if "n" not in each and each["under_way"]]
         (tmp_path / "again").mkdir()
         checkpoint = as_killed_after(folder, 2, tmp_path / "again")
         assert_same_run(folder, run(way, made, tmp_path / "again", "--resume", checkpoint))

@@ -5,7 +5,7 @@ more of it for some tokens than for others, and by nothing where they did not ch
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -269,12 +269,9 @@ def test_the_door_asks_the_servers_and_answers_metrics(
 ) -> None:
     probe = Probe(SEQUENCES, TOLERANCE, tmp_path / "probe.json")
 
-    def server(shift: float) -> Callable[[], list[list[list[float]]]]:
-        def answer() -> list[list[list[float]]]:
-            own = trainer_logprobs(model, accelerator, probe.sequences)
-            return [[[value + shift for value in each] for each in own]]
-
-        return answer
+    def server(shift: float) -> list[list[list[float]]]:
+        own = trainer_logprobs(model, accelerator, probe.sequences)
+        return [[[value + shift for value in each] for each in own]]
 
     metrics = probe.check(model, accelerator, 0, server(0.01))
     assert probe.sequences == SEQUENCES

@@ -100,7 +100,9 @@ METRICS = (
     Metric("probe/difference_max", "nats", "the largest of them", PROBE),
     Metric("probe/moved", "nats", "root mean square of the trainer's own change since the anchor version", PROBE),
     Metric("probe/followed", "share", "of that change which the server made too, where that can be told", PROBE),
-    Metric("probe/seconds", "s", "that comparing took", PROBE),
+    Metric(
+        "probe/seconds", "s", "that comparing took, the trainer's part of it while the servers make completions", PROBE
+    ),
     Metric("publish/seconds", "s", "from the trainer's weights to a server that serves them", PUBLISH),
     Metric("publish/bytes", "B", "sent or laid down for it", PUBLISH),
     Metric("staleness", "steps", "from the policy that made the completions to the one that begins to learn", TRAINER),

@@ -4,11 +4,12 @@ TRL builds a `VLLMGeneration` of its own, which has no deadlines, merges adapter
 what is served. `PolicyServer` stands in its place.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from trl.trainer import grpo_trainer
@@ -124,27 +125,33 @@ class PolicyServer:
         return {"publish/seconds": published.seconds, "publish/bytes": float(published.bytes)}
 
     def begin_proof(self) -> Callable[[], dict[str, float]]:
-        """Ask the servers for what proves, after a publish, that they have the trainer's policy.
+        """Ask the servers, after a publish, for what proves that they have the trainer's policy. A collective.
 
-        They answer before anything that they are asked for later, so completions can be asked for at once.
+        They have answered when it returns, so they can be asked for completions.
 
         Returns:
-            What compares their answer with the trainer's own, and must be called before anything is learned from these
-            completions. A collective. It returns metrics: what the probe found.
+            What compares their answer with the trainer's own; a collective too, to be called before anything is learned
+            from these completions. It returns metrics: what the probe found.
 
-        Raises (what is returned):
+        Raises:
             PolicyServerError: a server refused, was gone, or was too slow.
-            PolicyMismatch: the servers have another policy than the trainer.
+            PolicyMismatch: by what is returned: the servers have another policy than the trainer.
         """
-        version = self.version
+        version, began = self.version, time.monotonic()
         if version is None:
             raise RuntimeError("nothing was published yet")
-        if not self._accelerator.is_main_process:
-            return lambda: self.probe.check(self._model, self._accelerator, version, _asked_elsewhere)
-        answer = self.client.ask_prompt_logprobs(
-            self.probe.sequences, model=self.publisher.adapter_name, timeout_s=self.settings.publish_timeout
+        model, timeout_s = self.publisher.adapter_name, self.settings.publish_timeout
+        answers = policy_sync.on_main_process(
+            self._accelerator,
+            lambda: self.client.prompt_logprobs(self.probe.sequences, model=model, timeout_s=timeout_s),
         )
-        return lambda: self.probe.check(self._model, self._accelerator, version, answer)
+        asking = time.monotonic() - began
+
+        def compare() -> dict[str, float]:
+            found = self.probe.check(self._model, self._accelerator, version, answers)
+            return {**found, "probe/seconds": asking + found["probe/seconds"]}
+
+        return compare
 
     def wake(self) -> None:
         """Give the servers their memory back, where they gave it up."""
@@ -168,10 +175,6 @@ class PolicyServer:
             self.client.control_all("POST", path, timeout_s=self.settings.publish_timeout)
 
         policy_sync.on_main_process(self._accelerator, call)
-
-
-def _asked_elsewhere() -> NoReturn:
-    raise AssertionError("the main process asks")
 
 
 @contextmanager

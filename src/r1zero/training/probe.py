@@ -19,7 +19,7 @@ this is needed: answers that are the same to the last bit, although the trainer'
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,7 @@ class Probe:
         model: torch.nn.Module,
         accelerator: Any,
         version: int,
-        answer: Callable[[], Sequence[Logprobs]],
+        answers: Sequence[Logprobs],
     ) -> dict[str, float]:
         """Compare what the servers answer with the trainer's own forward pass. A collective.
 
@@ -125,7 +125,7 @@ class Probe:
             model: the policy, as it is trained.
             accelerator: of the trainer.
             version: the one that was published last.
-            answer: the servers' logprobs of `sequences`, a list for each server; called on the main process only.
+            answers: the servers' logprobs of `sequences`, for each server.
 
         Returns:
             Metrics, of the server that is farthest off: probe/difference and probe/difference_max (nats, over tokens),
@@ -138,7 +138,7 @@ class Probe:
         """
         began = time.monotonic()
         own = trainer_logprobs(model, accelerator, self.sequences)
-        found = on_main_process(accelerator, lambda: self.compare(version, own, answer()))
+        found = on_main_process(accelerator, lambda: self.compare(version, own, answers))
         return {**found, "probe/seconds": time.monotonic() - began}
 
     def compare(self, version: int, trainer: Logprobs, servers: Sequence[Logprobs]) -> dict[str, float]:

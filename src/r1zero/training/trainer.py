@@ -302,7 +302,7 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
 
         Returns:
             What proves that they arrived: a collective, called once completions have been asked for, so that the server
-            makes these meanwhile.
+            makes these while the trainer computes its own side.
         """
         server = self.server
         assert server is not None  # noqa: S101 - its callers know
@@ -311,12 +311,13 @@ class PolicyTrainer(CorrectedWhileLearning, ResumableTrainer, GRPOTrainer, Packe
             return _proven
         with self.clock.phase("publish"):
             metrics = server.publish(self.state.global_step)
-            proof = server.begin_proof()
+        with self.clock.phase("probe"):
+            compare = server.begin_proof()
         self._last_loaded_step = self.state.global_step
 
         def prove() -> None:
             with self.clock.phase("probe"):
-                found = proof()
+                found = compare()
             for name, value in {**metrics, **found}.items():
                 self._metrics["train"][name].append(value)
 
