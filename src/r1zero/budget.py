@@ -323,7 +323,7 @@ def _unseen(recipe: Recipe, placed: Placement, card: float, model: ModelFacts | 
     if given is None:
         why = f"it cannot be divided: {unknown}"
         raise recipe.fault("gpu_memory_limit", why, "add vllm_gpu_memory_utilization, the server's share of the GPU")
-    left = limit - given * card - memory.SERVER_BEYOND_SHARE_GIB
+    left = limit - given * card - several * memory.SERVER_BEYOND_SHARE_GIB
     return Budget(given / several, trainer_limit=_trainer_limit(recipe, left))
 
 

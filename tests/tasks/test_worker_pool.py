@@ -224,6 +224,23 @@ def test_calls_that_overrun_leave_no_process_behind(count: int) -> None:
     assert not any(worker.is_running() for worker in workers)
 
 
+def test_workers_that_are_begun_are_there_at_the_first_call() -> None:
+    before = set(descendants())
+    with make_pool() as pool:
+        pool.begin()
+        pool.begin()
+        wait_until(lambda: len(set(descendants()) - before) == 3, 60)  # a manager and its two workers
+        begun = set(descendants()) - before
+        assert values(pool.map([["echo", 7]])) == [7] and manager_of(pool) in begun
+
+
+def test_what_is_wrong_with_workers_that_are_begun_the_first_call_says() -> None:
+    with WorkerPool("json:no_such", cpu_seconds=1, wall_seconds=1) as pool:
+        pool.begin()
+        with pytest.raises(WorkerPoolError, match="no worker for json:no_such"):
+            pool.map([[1]])
+
+
 def test_closing_ends_every_process_and_further_calls_are_refused() -> None:
     before = descendants()
     pool = make_pool()

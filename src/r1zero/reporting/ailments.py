@@ -9,10 +9,10 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from r1zero import library_keys
+from r1zero import hardware, library_keys
 
 # How far a rule looks. One step's batch is small, and its shares jump by a tenth by chance alone.
 RECENT = 10  # steps that make up "now", the least that a rule needs; as many generations as alert_unparsed looks at
@@ -543,8 +543,11 @@ def _grading_slow(signs: Signs) -> Sign | None:
 
 def _server_bound(signs: Signs) -> Sign | None:
     idle = signs.idle()
-    if idle is None:
-        return _server_bound_by_phase(signs)
+    found = _server_bound_by_phase(signs) if idle is None else _server_bound_by_idle(signs, idle)
+    return found and replace(found, remedy=found.remedy + _more_engines(signs))
+
+
+def _server_bound_by_idle(signs: Signs, idle: tuple[float, float]) -> Sign | None:
     server, trainer = idle
     evidence, learning = _idle_evidence(signs, idle), signs.share_of_step("train") or 0.0
     saved = min(trainer, learning) if signs.could_overlap else 0.0
@@ -620,6 +623,15 @@ def _more_server(signs: Signs) -> str:
     return (
         f"server_gpus: 1 or more on a machine with another GPU; else max_completion_length: {longest} -> as few as fit"
     )
+
+
+def _more_engines(signs: Signs) -> str:
+    """What a small model's servers gain by at no further GPU: one of their own engines is bound by its processor."""
+    several = int(signs.key("servers_per_gpu", 1))
+    ours = signs.served and not signs.key("vllm_server_base_url") and signs.gpus
+    if not ours or int(signs.key("vllm_tensor_parallel_size") or 1) > 1 or 2 * several > hardware.MOST_SERVERS_PER_GPU:
+        return ""
+    return f"; for a model of less than a billion weights also servers_per_gpu: {several} -> {2 * several}"
 
 
 def _more_trainer(signs: Signs) -> str:

@@ -35,10 +35,8 @@ def train(recipe: Recipe, chosen: Selection, folder: Path | None, project: Path,
     _hold_memory()
     reward_functions = recipe.reward_functions()
     with session(recipe, folder, project) as recorder, recipe.verifier() as verifier:
-        if (
-            torch.cuda.is_available()
-        ):  # so processors are to spare; without it the first step that asks for algebra waits
-            verifier.begin()
+        if torch.cuda.is_available():
+            verifier.begin()  # processors are to spare here, and the first step that needs algebra would wait for it
         model = model_facts.path_of(recipe.model)
         if recipe.own.micro_batch_tokens is not None:
             batch.check_packing(recipe, model_facts.read(model, recipe["model_revision"], download=True))
