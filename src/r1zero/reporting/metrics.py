@@ -96,12 +96,7 @@ METRICS = (
     # Server against trainer.
     Metric("sampling/sampling_logp_difference/*", "nats", "<mean, max> of |server - trainer| on sampled tokens", TRL),
     Metric("sampling/importance_sampling_ratio/*", "", "<min, mean, max> of trainer / server, cut off above", TRL),
-    Metric(
-        "probe/difference",
-        "nats",
-        "mean of |server - trainer| on the fixed tokens after a publish, each 1 at most",
-        PROBE,
-    ),
+    Metric("probe/difference", "nats", "mean of |server - trainer| on the fixed tokens, after a publish", PROBE),
     Metric("probe/difference_max", "nats", "the largest of them", PROBE),
     Metric("probe/moved", "nats", "root mean square of the trainer's own change since the anchor version", PROBE),
     Metric("probe/followed", "share", "of that change which the server made too, where that can be told", PROBE),

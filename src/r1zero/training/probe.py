@@ -2,9 +2,7 @@
 
 Both say how likely the tokens of a few fixed sequences are, and two things can be wrong.
 
-- They differ: the mean absolute difference of the logprobs is beyond the recipe's tolerance. A token counts with one
-  nat at most: another policy differs everywhere, while rounding alone has made a single token differ by 9 nats, of a
-  model with huge activations at its first tokens (docs/log.md, 2026-11-22).
+- They differ: the mean absolute difference of the logprobs is beyond the recipe's tolerance.
 - A server stayed behind. One publish changes a policy by far less than the tolerance, so this shows in what has
   *changed* since an earlier publish, the anchor: the trainer's logprobs by dt, the server's by ds. A server that
   follows has ds = dt but for rounding; one that stayed behind has ds = 0 but for rounding. So share = <ds,dt> / <dt,dt>
@@ -33,7 +31,6 @@ from r1zero.restarts import Refusal
 from r1zero.run_folder import write_json
 from r1zero.training.policy_sync import on_main_process
 
-COUNTED = 1.0  # nats; what a token adds to the mean difference at most
 MOVED = 1e-4  # root mean square, nats; what float32 makes of the same weights in another order stays far below
 JUDGED = 3.0  # times the noise; see above
 STANDARD_ERRORS = 4.0  # one in 30,000, for each publish that is judged
@@ -152,12 +149,11 @@ class Probe:
             self._require_shape(where, version, trainer, answer)
             seen = _Seen(version, _flat(trainer), _flat(answer))
             difference = (seen.server - seen.trainer).abs()
-            mean = float(difference.clamp(max=COUNTED).mean())
+            mean = float(difference.mean())
             if not mean <= self._tolerance:  # also where it is not a number
                 why = (
-                    f"its log-probabilities differ from the trainer's by {mean:.4g} nats on average, none counted with "
-                    f"more than {COUNTED:g}, and {float(difference.max()):.4g} at most, and probe_tolerance = "
-                    f"{self._tolerance:g}"
+                    f"its log-probabilities differ from the trainer's by {mean:.4g} nats on average and "
+                    f"{float(difference.max()):.4g} at most, and probe_tolerance = {self._tolerance:g}"
                 )
                 self._stop(where, index, seen, trainer, answer, why)
             of_server = {
@@ -232,13 +228,8 @@ def moved(
 ) -> Movement:
     """What trainer and server did between two publishes; logprobs in nats, float64, one value for each token.
 
-    Tokens on which the two were `COUNTED` apart before, though they had the same policy, tell nothing and are left out.
     The standard error allows for noise that differs from token to token, as it does: unlikely tokens have more.
     """
-    tell = (server_before - trainer_before).abs() <= COUNTED
-    trainer_before, server_before, trainer, server = (
-        each[tell] for each in (trainer_before, server_before, trainer, server)
-    )
     dt, ds = trainer - trainer_before, server - server_before
     square = float(dt @ dt)
     share = float(ds @ dt) / square if square else 0.0
