@@ -5,7 +5,7 @@
 Each run is `launch/run.py RECIPE` with a GPU, and the processor cores that fall to it, of its own; as many at a time as
 there are GPUs (without any, one at a time). What follows `--` goes to all of them. Prints for each run the accuracy on
 held-out problems after training with its interval, the mean reward of its last ten steps, and the median seconds of a
-step; and whether the overlapped run lies within the synchronous ones. A run whose folder is there is not made again.
+step; and whether the overlapped run lies within the synchronous ones. A run that has finished is not made again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ sys.path.insert(0, str(PROJECT))
 
 from r1zero import hardware  # noqa: E402 - found by the line above, where it is not installed
 from r1zero.run_folder import RunFolder, read_json  # noqa: E402
+from r1zero.supervisor import visible_gpus  # noqa: E402
 
 LAST_STEPS, WARMUP = 10, 3
 
@@ -70,9 +71,10 @@ def _places() -> list[tuple[str | None, list[int]]]:
     cores, count = sorted(os.sched_getaffinity(0)), len(hardware.this_node().gpus)
     if not count:
         return [(None, cores)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    each = max(1, len(cores) // count)
-    return [(gpu, cores[each * place : each * (place + 1)] or cores) for place, gpu in enumerate(visible[:count])]
+    visible, each = os.environ.get("CUDA_VISIBLE_DEVICES"), max(1, len(cores) // count)
+    return [
+        (visible_gpus((place,), visible), cores[each * place : each * (place + 1)] or cores) for place in range(count)
+    ]
 
 
 def _start(

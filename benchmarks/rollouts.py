@@ -34,10 +34,10 @@ PROMPT_TOKENS = 60
 KV_CACHE_BYTES = 4 * 2**30
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 OWN_WAY = {"spaces_between_special_tokens": True}  # vLLM's default, and not among what tokens.py knows
-AS_TOKENS = "as tokens"
+AS_TOKENS, VLLMS_WAY = "as tokens", "vLLM's own way"
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
     AS_TOKENS: (True, {}),
-    "vLLM's own way": (True, OWN_WAY),
+    VLLMS_WAY: (True, OWN_WAY),
     "text, no logprobs": (False, {}),
 }
 
@@ -67,8 +67,9 @@ def main() -> None:
             )
             for servers in asked.servers or [1]
         }
-        turns = [(way, 1, *told) for way, told in WAYS.items()]
+        turns, beside = [(way, 1, *told) for way, told in WAYS.items()], VLLMS_WAY
         if asked.servers:
+            beside = f"{asked.servers[0]} on one GPU"
             turns = [(f"{servers} on one GPU", servers, *WAYS[AS_TOKENS]) for servers in asked.servers]
         found: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name, *_ in turns}
         for number in range(-1, asked.rounds):  # one to warm up
@@ -82,7 +83,8 @@ def main() -> None:
         middles = {process: statistics.median(costs.get(process, 0.0) for _, costs in each) for process in processes}
         costs_told = ", ".join(f"{process} {middle:.1f}" for process, middle in middles.items())
         speed = f"{statistics.median(speeds):,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f})"
-        print(f"{name}: {speed}; microseconds a token: {costs_told}")
+        ratio = statistics.median(speeds) / statistics.median(speed for speed, _ in found[beside])
+        print(f"{name}: {speed}, {ratio:.2f} of {beside}; microseconds a token: {costs_told}")
 
 
 def measure(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from r1zero.hardware import Hardware
-from r1zero.recipe import Recipe, own_keys
+from r1zero.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,13 @@ def _check_server_on_cpu(recipe: Recipe, hardware: Hardware) -> None:
             "or --use_vllm false to generate in the trainer"
         )
         raise recipe.fault("use_vllm", why, remedy)
-    for key in ("server_gpus", "trainer_gpus", "servers_per_gpu"):
-        if getattr(recipe.own, key) not in (None, own_keys()[key].default, 0):
+    own = recipe.own
+    for key, asked in (
+        ("server_gpus", own.server_gpus),
+        ("trainer_gpus", own.trainer_gpus),
+        ("servers_per_gpu", own.servers_per_gpu > 1),
+    ):
+        if asked:
             raise recipe.fault(key, "no GPU is here", f"leave {key} out: server and trainer then run on the CPU")
     if recipe["vllm_tensor_parallel_size"] > 1:
         raise recipe.fault("vllm_tensor_parallel_size", "no GPU is here", "1 on a CPU")

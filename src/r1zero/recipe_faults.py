@@ -352,19 +352,6 @@ def _impossible_packing(recipe: Recipe) -> Iterable[Fault]:
         yield Fault("attn_implementation", attention, why, f"leave it out, or one of: {known}")
 
 
-def _impossible_sharing(recipe: Recipe) -> Iterable[Fault]:
-    """What several policy servers on one GPU cannot do."""
-    several = recipe.own.servers_per_gpu
-    if recipe["vllm_tensor_parallel_size"] > 1:
-        why = (
-            f"a server that needs {recipe['vllm_tensor_parallel_size']} GPUs (vllm_tensor_parallel_size) has them whole"
-        )
-        yield Fault("servers_per_gpu", several, why, "1, or vllm_tensor_parallel_size: 1")
-    if recipe.own.publish == "nccl":
-        why = "NCCL cannot join two servers on one GPU"
-        yield Fault("publish", "nccl", why, "auto, or servers_per_gpu: 1")
-
-
 def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
     """What no policy server can do, or would do without effect."""
     own = recipe.own
@@ -374,11 +361,12 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         )
     if not 1 <= own.servers_per_gpu <= MOST_SERVERS_PER_GPU:
         why = f"must be 1 to {MOST_SERVERS_PER_GPU}"
-        yield Fault(
-            "servers_per_gpu", own.servers_per_gpu, why, "2 or more are for models of less than a billion weights"
-        )
-    elif own.servers_per_gpu > 1:
-        yield from _impossible_sharing(recipe)
+        remedy = "2 or more are for models of up to half a billion weights"
+        yield Fault("servers_per_gpu", own.servers_per_gpu, why, remedy)
+    elif own.servers_per_gpu > 1 and recipe["vllm_tensor_parallel_size"] > 1:
+        each = recipe["vllm_tensor_parallel_size"]
+        why = f"a server that needs {each} GPUs (vllm_tensor_parallel_size) has them whole"
+        yield Fault("servers_per_gpu", own.servers_per_gpu, why, "1, or vllm_tensor_parallel_size: 1")
     if own.max_staleness not in (0, 1):
         yield Fault("max_staleness", own.max_staleness, "must be 0 or 1", "1 overlaps server and trainer, 0 does not")
     if not recipe.dedicated_server:

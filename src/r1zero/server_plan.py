@@ -47,7 +47,7 @@ def publish_route(recipe: Recipe, placed: Placement) -> Route:
     elif not placed.trains_on_gpus:
         together = "the trainer has no GPU, and NCCL joins GPUs"
     elif placed.servers_per_gpu > 1:
-        together = "servers share a GPU, where NCCL cannot join them"
+        together = "NCCL cannot join two servers on one GPU"
     if asked == "nccl" and together:
         raise recipe.fault("publish", together, "use publish: shared_memory, or auto")
     if asked != "auto":

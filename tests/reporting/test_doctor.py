@@ -291,7 +291,7 @@ def test_of_two_that_take_turns(keys: dict[str, Any], idle: tuple[float, ...], n
 def test_a_server_may_be_bound_by_its_engines_processor(keys: dict[str, Any], more: str) -> None:
     (found,) = doctor.examine(Signs({**GPU, **keys}, idling(0.1, 0.85, 0.1), gpus=["H200"] * 2))
     assert found.name == "server_bound"
-    assert found.remedy.partition("; for a model of less than a billion weights also servers_per_gpu: ")[2] == more
+    assert found.remedy.partition("; for a model of up to half a billion weights also servers_per_gpu: ")[2] == more
 
 
 def test_a_server_of_somebody_elses_is_beside_a_trainer_that_has_a_gpu() -> None:

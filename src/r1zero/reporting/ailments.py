@@ -631,7 +631,7 @@ def _more_engines(signs: Signs) -> str:
     ours = signs.served and not signs.key("vllm_server_base_url") and signs.gpus
     if not ours or int(signs.key("vllm_tensor_parallel_size") or 1) > 1 or 2 * several > hardware.MOST_SERVERS_PER_GPU:
         return ""
-    return f"; for a model of less than a billion weights also servers_per_gpu: {several} -> {2 * several}"
+    return f"; for a model of up to half a billion weights also servers_per_gpu: {several} -> {2 * several}"
 
 
 def _more_trainer(signs: Signs) -> str:
