@@ -44,16 +44,11 @@ class PolicyMismatch(Refusal):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What both sides said after one publish: float64, one value for each token."""
+    """What both sides said after one publish: float64, one value for each token, also for those that are left out."""
 
     version: int
     trainer: torch.Tensor
     server: torch.Tensor
-
-    @property
-    def noise(self) -> float:
-        """How far trainer and server are apart where both have this version; root mean square, nats."""
-        return _rms(self.server - self.trainer)
 
 
 @dataclass(frozen=True)
@@ -99,15 +94,16 @@ class Probe:
         sequences: those.
 
     Args:
-        sequences: token ids, at least two each; the same in every process and for the whole run.
+        sequences: token ids, at least three each; the same in every process and for the whole run.
         tolerance: of the mean absolute difference, nats: the recipe's probe_tolerance.
         evidence: the JSON file that keeps both sides' answers when they do not agree.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], tolerance: float, evidence: Path) -> None:
         self.sequences = [list(each) for each in sequences]
-        if not self.sequences or min(map(len, self.sequences)) < 2:
-            raise ValueError("the probe needs sequences of at least two tokens each")
+        if not self.sequences or min(map(len, self.sequences)) < 3:
+            raise ValueError("the probe needs sequences of at least three tokens each")
+        self._counted = torch.tensor([flag for each in _counted(self.sequences) for flag in each])
         self._tolerance, self._evidence = tolerance, evidence
         self._anchors: dict[int, _Seen] = {}  # by server
         self._last: dict[int, _Seen] = {}
@@ -148,7 +144,7 @@ class Probe:
             where = f"policy server {index + 1} of {len(servers)}" if len(servers) > 1 else "the policy server"
             self._require_shape(where, version, trainer, answer)
             seen = _Seen(version, _flat(trainer), _flat(answer))
-            difference = (seen.server - seen.trainer).abs()
+            difference = (seen.server - seen.trainer)[self._counted].abs()
             mean = float(difference.mean())
             if not mean <= self._tolerance:  # also where it is not a number
                 why = (
@@ -174,7 +170,8 @@ class Probe:
             self._anchors[index] = seen
             return {}
         for before in (last, anchor):
-            movement = moved(before.trainer, before.server, seen.trainer, seen.server)
+            both = (before.trainer, before.server, seen.trainer, seen.server)
+            movement = moved(*(each[self._counted] for each in both))
             if movement.stayed_behind:
                 same = "answers the same to the last bit" if movement.repeated else "has not followed"
                 why = (
@@ -275,6 +272,21 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _counted(sequences: Sequence[Sequence[int]]) -> list[list[bool]]:
+    """Of each sequence, of each token but the first: whether it is judged; the head of this file says which are not.
+
+    >>> _counted([[7, 8, 9], [7, 8, 5, 6]])
+    [[False, True], [False, True, True]]
+    """
+    beginnings: set[tuple[int, ...]] = set()
+    judged = []
+    for sequence in sequences:
+        until = [tuple(sequence[: length + 1]) for length in range(1, len(sequence))]
+        judged.append([length > 1 and each not in beginnings for length, each in enumerate(until, start=1)])
+        beginnings.update(until)
+    return judged
 
 
 def _flat(logprobs: Logprobs) -> torch.Tensor:
