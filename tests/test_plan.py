@@ -326,7 +326,7 @@ def test_assumed_hardware_has_ports_enough_for_all_servers() -> None:
 )
 def test_several_servers_on_one_gpu(machine: str, words: tuple[str, ...], gpu: int, route: str) -> None:
     planned = plan_of(GRPO, machine, "--servers_per_gpu", "2", *words, model=SMOLLM2)
-    one = plan_of(GRPO, machine, *words, model=SMOLLM2)
+    one = plan_of(GRPO, machine, "--servers_per_gpu", "1", *words, model=SMOLLM2)
     assert [each.gpus for each in planned.servers] == [(gpu,)] * 2 and planned.publish == route
     assert len(set(planned.server_urls)) == 2 and flag(planned.trainers[0], "--publish") == route
     assert {flag(each, "--max-num-seqs") for each in planned.servers} == {"260"}, "half of the 512, and what looks on"
@@ -336,6 +336,32 @@ def test_several_servers_on_one_gpu(machine: str, words: tuple[str, ...], gpu: i
     each_gib = int(flag(planned.servers[0], "--kv-cache-memory-bytes")) / 2**30
     assert 260 * (384 + 192 + 1) * SMOLLM2.shape.kv_bytes_per_token(2) / 2**30 <= each_gib + 0.1
     assert each_gib < share * 80 / 2
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "model", "servers"),
+    [
+        ("1x1:80", (), SMOLLM2, 2),
+        ("1x2:80", ("--server_gpus", "0"), SMOLLM2, 2),
+        ("1x1:80", LORA, SMOLLM2, 2),
+        ("1x1:80", ("--servers_per_gpu", "1"), SMOLLM2, 1),
+        ("1x1:16", ("--micro_batch_tokens", "4096"), SMOLLM2, 1),  # which does not fit twice
+        ("1x2:80", (), SMOLLM2, 1),  # a GPU of its own, to which weights go over NCCL
+        ("1x1:80", (*LORA, "--micro_batch_tokens", "4096"), QWEN, 1),
+        ("1x1:80", (), None, 1),
+        ("1x1:80", ("--vllm_enable_sleep_mode", "true"), SMOLLM2, 1),
+        ("1x1:80", ("--vllm_gpu_memory_utilization", "0.3"), SMOLLM2, 1),
+    ],
+)
+def test_a_small_model_that_shares_its_gpu_has_two_servers(
+    machine: str, words: tuple[str, ...], model: ModelFacts | None, servers: int
+) -> None:
+    planned = plan_of(GRPO, machine, *words, model=model)
+    assert len(planned.servers) == len(set(planned.server_urls)) == servers
+    chosen = (
+        "2 servers on the GPU: what bounds a model of 0.13 billion weights is the processor thread of vLLM's engine"
+    )
+    assert (chosen in planned.reasons) == (servers == 2)
 
 
 def test_each_server_on_a_gpu_of_24_gib_leaves_room_for_the_others_graphs_and_context() -> None:
@@ -366,7 +392,7 @@ def test_where_several_servers_on_one_gpu_are_impossible(
     assert named in str(caught.value) and f"  {key} = " in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [(), ("--servers_per_gpu", "2"), ("--servers_per_gpu", "2", "--server_gpus", "0")])
+@pytest.mark.parametrize("words", [(), ("--servers_per_gpu", "2"), ("--server_gpus", "0")])
 def test_what_a_trainer_is_given_is_a_recipe_without_faults(words: tuple[str, ...]) -> None:
     """It loads the recipe anew, with the addresses of servers that run by then."""
     planned = plan_of(GRPO, "1x2:80", *words, model=SMOLLM2)
@@ -579,7 +605,7 @@ def test_a_copy_that_only_an_unknown_host_may_have_room_for_is_named() -> None:
 
 
 def test_the_copy_is_named_alike_in_route_and_memory() -> None:
-    small = ("--use_peft", "true", "--lora_r", "8")
+    small = ("--use_peft", "true", "--lora_r", "8", "--servers_per_gpu", "1")
     text = plan_of(GRPO, "1x1:80", *small, model=SMOLLM2).render()
     assert "; a clean copy of the adapted layers, 25 MiB, is on the GPU: it fits" in text
     assert "clean copy and workspace 0.3" in text

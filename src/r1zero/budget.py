@@ -18,6 +18,7 @@ SHARE_UNSEEN = 0.3  # of a shared GPU for the server, where nothing can be estim
 SHARE_ALONE = 0.9  # of a GPU of its own: vLLM's default
 SHOWN_ALONE = ("weights", "adapter slots", memory.COPY_ON_GPU, memory.COPY_ON_HOST)
 MOST_NAMES = 4  # of nodes in a line
+ENGINE_BOUND = 6e8  # weights up to which two engines on a GPU were 1.6 times as fast as one (docs/policy_server.md)
 SERVER_CONTEXT = 4096  # tokens that a sequence is taken to need where prompts have no limit
 
 
@@ -161,6 +162,31 @@ def route(
     return _said_too(chosen, missing)
 
 
+def with_engines(
+    recipe: Recipe,
+    hardware: Hardware,
+    placed: Placement,
+    batch: Batch,
+    config: AccelerateConfig,
+    model: ModelFacts | None,
+) -> Placement:
+    """`placed`, with a second server on the GPU that a small model's server and trainer share, where both fit.
+
+    Only where the recipe leaves that open, and not on a GPU of the servers' own: there all weights would travel by
+    shared memory and no longer over NCCL.
+    """
+    left_open = recipe.own.servers_per_gpu is None and "vllm_gpu_memory_utilization" not in recipe.library
+    if not (left_open and recipe.launches_server and placed.shared) or recipe["vllm_enable_sleep_mode"]:
+        return placed
+    if model is None or model.shape is None or model.shape.parameters > ENGINE_BOUND:
+        return placed
+    size = f"{model.shape.parameters / 1e9:.2g} billion weights"
+    why = f"2 servers on the GPU: what bounds a model of {size} is the processor thread of vLLM's engine"
+    two = replace(placed, servers=placed.servers * 2, reasons=(*placed.reasons, why))
+    chosen = route(recipe, hardware, two, batch, config, model)
+    return two if _Room(recipe, hardware, two, batch, config, model, model.shape).fits(chosen) else placed
+
+
 def _said_too(route: Route, more: str) -> Route:
     """`route` with `more` behind its reason."""
     return replace(route, reasons=(route.reasons[0] + more, *route.reasons[1:]))
@@ -188,7 +214,7 @@ class _Room:
 
     def on_gpu(self) -> bool:
         """Whether the GPU has it beside all the KV cache that a generation can use, and the trainer where it shares."""
-        return self._fits(Route("folded", "gpu"))
+        return self.fits(Route("folded", "gpu"))
 
     def on_host(self) -> bool:
         """Whether the hosts certainly have it, and the GPU the rest."""
@@ -198,15 +224,16 @@ class _Room:
             there = self.hardware.nodes[node].memory_gib
             if there is None or copies * each > memory.HOST_COPY_SHARE * there:
                 return False
-        return self._fits(Route("folded", "host"))
+        return self.fits(Route("folded", "host"))
 
     def host_might(self) -> bool:
         """Whether only the host's memory, which nobody has said, keeps the copy from being there."""
         nodes = {where.node for where in self.placed.servers}
         unknown = any(self.hardware.nodes[node].memory_gib is None for node in nodes)
-        return unknown and self._fits(Route("folded", "host"))
+        return unknown and self.fits(Route("folded", "host"))
 
-    def _fits(self, route: Route) -> bool:
+    def fits(self, route: Route) -> bool:
+        """Whether the servers have room for all that they may generate at once, beside the trainer where they share."""
         recipe, placed = self.recipe, self.placed
         card = _card(self.hardware, _used(placed))
         if not card:

@@ -145,6 +145,7 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     _check_lengths(recipe, model)
     batch.check_packing(recipe, model)
     server_plan.check_model(recipe, model)
+    placed = budget.with_engines(recipe, hardware, placed, steps, config, model)
     route = budget.route(recipe, hardware, placed, steps, config, model)
     publish = route.publish
     gives = budget.of(recipe, hardware, placed, steps, config, model, route)

@@ -188,10 +188,11 @@ class OwnKeys:
         "GPUs for the policy servers, vllm_tensor_parallel_size of them for each server; 0: it shares the trainer's; "
         "empty: one server, or 0 where there is only one GPU; on several nodes a whole node",
     )
-    servers_per_gpu: int = _key(
-        1,
+    servers_per_gpu: int | None = _key(
+        None,
         f"policy servers on each of their GPUs, 1 to {MOST_SERVERS_PER_GPU}: what bounds a small model is not the GPU "
-        "but the one processor thread of each vLLM engine",
+        "but the one processor thread of each vLLM engine; empty: 1, or 2 where a model of up to half a billion "
+        "weights shares its GPU with the trainer and both fit",
     )
     trainer_gpus: int | None = _key(
         None, "GPUs for the trainer on all nodes, one process each; empty: all that the server leaves; 0: the CPU"

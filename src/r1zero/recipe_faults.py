@@ -359,14 +359,15 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         yield Fault(
             "vllm_tensor_parallel_size", recipe["vllm_tensor_parallel_size"], "must be at least 1", "1 is usual"
         )
-    if not 1 <= own.servers_per_gpu <= MOST_SERVERS_PER_GPU:
+    several = 1 if own.servers_per_gpu is None else own.servers_per_gpu
+    if not 1 <= several <= MOST_SERVERS_PER_GPU:
         why = f"must be 1 to {MOST_SERVERS_PER_GPU}"
         remedy = "2 or more are for models of up to half a billion weights"
-        yield Fault("servers_per_gpu", own.servers_per_gpu, why, remedy)
-    elif own.servers_per_gpu > 1 and recipe["vllm_tensor_parallel_size"] > 1:
+        yield Fault("servers_per_gpu", several, why, remedy)
+    elif several > 1 and recipe["vllm_tensor_parallel_size"] > 1:
         each = recipe["vllm_tensor_parallel_size"]
         why = f"a server that needs {each} GPUs (vllm_tensor_parallel_size) has them whole"
-        yield Fault("servers_per_gpu", own.servers_per_gpu, why, "1, or vllm_tensor_parallel_size: 1")
+        yield Fault("servers_per_gpu", several, why, "1, or vllm_tensor_parallel_size: 1")
     if own.max_staleness not in (0, 1):
         yield Fault("max_staleness", own.max_staleness, "must be 0 or 1", "1 overlaps server and trainer, 0 does not")
     if not recipe.dedicated_server:

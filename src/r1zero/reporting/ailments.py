@@ -627,7 +627,8 @@ def _more_server(signs: Signs) -> str:
 
 def _more_engines(signs: Signs) -> str:
     """What a small model's servers gain by at no further GPU: one of their own engines is bound by its processor."""
-    several = int(signs.key("servers_per_gpu", 1))
+    shared = not signs.server_gpus  # where the plan, if it is left to it, has two for so small a model
+    several = int(signs.key("servers_per_gpu") or (2 if shared else 1))
     ours = signs.served and not signs.key("vllm_server_base_url") and signs.gpus
     if not ours or int(signs.key("vllm_tensor_parallel_size") or 1) > 1 or 2 * several > hardware.MOST_SERVERS_PER_GPU:
         return ""
