@@ -15,6 +15,12 @@ alone. With noise the size of that difference, rounding makes up at most 2 noise
 least 1 - 2 noise^2 / dt^2. A share is judged only where dt is `JUDGED` times the noise: there a healthy one is 7/9 or
 more. Until then the anchor stays, so that small steps add up. And where a server's arithmetic repeats itself none of
 this is needed: answers that are the same to the last bit, although the trainer's moved, come from unchanged weights.
+
+Two kinds of token are left out of all this. What the first token of a sequence predicts: no completion has a token that
+one token alone predicts, and at that place trained models keep activations hundreds of times as large as elsewhere (Sun
+et al. 2024, "Massive Activations in Large Language Models", arXiv 2402.17762), beside which bf16 loses the rest. And a
+beginning that an earlier sequence had too, as prompts of one template do: it says the same again, and would count as
+often as there are sequences.
 """
 
 import math
