@@ -362,6 +362,9 @@ def test_a_small_model_that_shares_its_gpu_has_two_servers(
         "2 servers on the GPU: what bounds a model of 0.13 billion weights is the processor thread of vLLM's engine"
     )
     assert (chosen in planned.reasons) == (servers == 2)
+    if servers == 2:
+        asked = plan_of(GRPO, machine, "--servers_per_gpu", "2", *words, model=model)
+        assert (planned.servers, planned.memory, planned.publish) == (asked.servers, asked.memory, asked.publish)
 
 
 def test_each_server_on_a_gpu_of_24_gib_leaves_room_for_the_others_graphs_and_context() -> None:
