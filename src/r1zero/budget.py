@@ -44,20 +44,26 @@ class Budget:
     unchecked: str | None = None
 
 
-def of(
-    recipe: Recipe,
-    hardware: Hardware,
-    placed: Placement,
-    batch: Batch,
-    config: AccelerateConfig,
-    model: ModelFacts | None,
-    route: Route,
-) -> Budget:
+@dataclass(frozen=True)
+class Case:
+    """What memory is planned for: who runs where, on what hardware, with what batch and which model, if it is known."""
+
+    recipe: Recipe
+    hardware: Hardware
+    placed: Placement
+    batch: Batch
+    config: AccelerateConfig
+    model: ModelFacts | None
+
+
+def of(case: Case, route: Route) -> Budget:
     """How much of each GPU the servers and the trainer get.
 
     Raises:
         RecipeError: where they clearly cannot fit, with the arithmetic.
     """
+    recipe, hardware, placed = case.recipe, case.hardware, case.placed
+    batch, config, model = case.batch, case.config, case.model
     _check_sharing_keys(recipe, placed)
     given = recipe.library.get("vllm_gpu_memory_utilization")
     card = _card(hardware, _used(placed))
@@ -78,8 +84,8 @@ def of(
     if not placed.servers:
         return _of_trainer(recipe, hardware, placed, train, card)
     sequences = server_plan.sequences(batch, placed)
-    least = _of_server(recipe, placed, batch, model, shape, route, -(-sequences // 4))
-    most = _of_server(recipe, placed, batch, model, shape, route, sequences, memory.SERVER_RESERVE_GIB)
+    least = _of_server(case, shape, route, -(-sequences // 4))
+    most = _of_server(case, shape, route, sequences, memory.SERVER_RESERVE_GIB)
     several = placed.servers_per_gpu
     if placed.shared:
         return _on_shared_gpu(recipe, several, least.times(several), most.times(several), train, card)
@@ -116,19 +122,13 @@ def of(
     return Budget(share / several, kv_cache if several > 1 else None, None, tuple(lines), tuple(reasons))
 
 
-def route(
-    recipe: Recipe,
-    hardware: Hardware,
-    placed: Placement,
-    batch: Batch,
-    config: AccelerateConfig,
-    model: ModelFacts | None,
-) -> Route:
+def route(case: Case) -> Route:
     """How a new policy version reaches the servers: adapters are folded where there is room for a clean copy.
 
     Raises:
         RecipeError: when the recipe's own route cannot work here.
     """
+    recipe, placed, model = case.recipe, case.placed, case.model
     chosen = server_plan.publish_route(recipe, placed)
     asked = chosen.publish == "folded"
     if not asked and not (recipe.own.publish == "auto" and chosen.publish == "adapter"):
@@ -144,7 +144,7 @@ def route(
         unknown = "how large it is cannot be told" + (" before the model is downloaded" if model is None else "")
         why = "the servers have no GPU" if on_cpu else unknown
         return replace(chosen, clean_copy="host", reasons=(*chosen.reasons, f"clean copy of the base: host, {why}"))
-    room = _Room(recipe, hardware, placed, batch, config, model, model.shape)
+    room = _Room(case, model.shape)
     said = "publish folded: the adapter alone goes to the server, which adds it to its weights"
     if asked:
         said = chosen.reasons[0]
@@ -162,29 +162,22 @@ def route(
     return _said_too(chosen, missing)
 
 
-def with_engines(
-    recipe: Recipe,
-    hardware: Hardware,
-    placed: Placement,
-    batch: Batch,
-    config: AccelerateConfig,
-    model: ModelFacts | None,
-) -> Placement:
-    """`placed`, with a second server on the GPU that a small model's server and trainer share, where both fit.
+def with_engines(case: Case) -> Case:
+    """The same, with a second server on the GPU that a small model's server and trainer share, where both fit.
 
     Only where the recipe leaves that open, and not on a GPU of the servers' own: there all weights would travel by
     shared memory and no longer over NCCL.
     """
+    recipe, placed, model = case.recipe, case.placed, case.model
     left_open = recipe.own.servers_per_gpu is None and "vllm_gpu_memory_utilization" not in recipe.library
     if not (left_open and recipe.launches_server and placed.shared) or recipe["vllm_enable_sleep_mode"]:
-        return placed
+        return case
     if model is None or model.shape is None or model.shape.parameters > ENGINE_BOUND:
-        return placed
+        return case
     size = f"{model.shape.parameters / 1e9:.2g} billion weights"
     why = f"2 servers on the GPU: what bounds a model of {size} is the processor thread of vLLM's engine"
-    two = replace(placed, servers=placed.servers * 2, reasons=(*placed.reasons, why))
-    chosen = route(recipe, hardware, two, batch, config, model)
-    return two if _Room(recipe, hardware, two, batch, config, model, model.shape).fits(chosen) else placed
+    two = replace(case, placed=replace(placed, servers=placed.servers * 2, reasons=(*placed.reasons, why)))
+    return two if _Room(two, model.shape).fits(route(two)) else case
 
 
 def _said_too(route: Route, more: str) -> Route:
@@ -198,19 +191,14 @@ def _size(gib: float) -> str:
 
 @dataclass(frozen=True)
 class _Room:
-    """What a clean copy of the base would need, and whether it is there."""
+    """What the servers, with a clean copy of the base or without, would need, and whether it is there."""
 
-    recipe: Recipe
-    hardware: Hardware
-    placed: Placement
-    batch: Batch
-    config: AccelerateConfig
-    model: ModelFacts
+    case: Case
     shape: ModelShape
 
     def copy_gib(self, *, pinned: bool) -> float:
         """Of one GPU's server."""
-        return _copy_gib(self.recipe, self.placed, self.shape, pinned=pinned)
+        return _copy_gib(self.case.recipe, self.case.placed, self.shape, pinned=pinned)
 
     def on_gpu(self) -> bool:
         """Whether the GPU has it beside all the KV cache that a generation can use, and the trainer where it shares."""
@@ -219,29 +207,28 @@ class _Room:
     def on_host(self) -> bool:
         """Whether the hosts certainly have it, and the GPU the rest."""
         each = self.copy_gib(pinned=True)
-        for node in {where.node for where in self.placed.servers}:
-            copies = sum(len(where.gpus) for where in self.placed.servers if where.node == node)
-            there = self.hardware.nodes[node].memory_gib
+        for node in {where.node for where in self.case.placed.servers}:
+            copies = sum(len(where.gpus) for where in self.case.placed.servers if where.node == node)
+            there = self.case.hardware.nodes[node].memory_gib
             if there is None or copies * each > memory.HOST_COPY_SHARE * there:
                 return False
         return self.fits(Route("folded", "host"))
 
     def host_might(self) -> bool:
         """Whether only the host's memory, which nobody has said, keeps the copy from being there."""
-        nodes = {where.node for where in self.placed.servers}
-        unknown = any(self.hardware.nodes[node].memory_gib is None for node in nodes)
+        nodes = {where.node for where in self.case.placed.servers}
+        unknown = any(self.case.hardware.nodes[node].memory_gib is None for node in nodes)
         return unknown and self.fits(Route("folded", "host"))
 
     def fits(self, route: Route) -> bool:
         """Whether the servers have room for all that they may generate at once, beside the trainer where they share."""
-        recipe, placed = self.recipe, self.placed
-        card = _card(self.hardware, _used(placed))
+        recipe, placed = self.case.recipe, self.case.placed
+        card = _card(self.case.hardware, _used(placed))
         if not card:
             return False
-        completions = server_plan.generated(self.batch, placed)
-        most = _of_server(
-            recipe, placed, self.batch, self.model, self.shape, route, completions, memory.SERVER_RESERVE_GIB
-        ).times(placed.servers_per_gpu)
+        completions = server_plan.generated(self.case.batch, placed)
+        most = _of_server(self.case, self.shape, route, completions, memory.SERVER_RESERVE_GIB)
+        most = most.times(placed.servers_per_gpu)
         given = recipe.library.get("vllm_gpu_memory_utilization")
         if given is not None:
             if most.total - most.resting > given * card:
@@ -252,9 +239,9 @@ class _Room:
         train = memory.trainer(
             self.shape,
             recipe,
-            processes=self.batch.processes,
-            zero_stage=self.config.zero_stage,
-            offload=self.config.offload,
+            processes=self.case.batch.processes,
+            zero_stage=self.case.config.zero_stage,
+            offload=self.case.config.offload,
         )
         limit = recipe.own.gpu_memory_limit
         room = memory.USABLE * card if limit is None else limit
@@ -279,25 +266,17 @@ def _copy_gib(recipe: Recipe, placed: Placement, shape: ModelShape, *, pinned: b
     return memory.clean_copy(shape, recipe["lora_target_modules"], tensor_parallel=ranks, pinned=pinned)
 
 
-def _of_server(
-    recipe: Recipe,
-    placed: Placement,
-    batch: Batch,
-    model: ModelFacts,
-    shape: ModelShape,
-    route: Route,
-    completions: int,
-    reserve_gib: float = 0.0,
-) -> Need:
+def _of_server(case: Case, shape: ModelShape, route: Route, completions: int, reserve_gib: float = 0.0) -> Need:
     """A server with KV cache for so many completions."""
+    recipe, placed = case.recipe, case.placed
     beyond = memory.FOLDING_GIB if route.publish == "folded" else 0.0
     if route.clean_copy == "gpu":
         beyond += _copy_gib(recipe, placed, shape, pinned=False)
     return memory.server(
         shape,
-        context=server_plan.context(recipe, model) or SERVER_CONTEXT,
+        context=server_plan.context(recipe, case.model) or SERVER_CONTEXT,
         completions=completions,
-        sequences=server_plan.sequences(batch, placed),
+        sequences=server_plan.sequences(case.batch, placed),
         rank=server_plan.adapter_rank(recipe, route.publish),
         clean_copy_gib=beyond,
         copy_label=_copy_label(route),

@@ -88,7 +88,6 @@ def place(recipe: Recipe, hardware: Hardware) -> Placement:
         RecipeError: when they cannot be placed, with the arithmetic and the nearest values that can.
     """
     own, nodes = recipe.own, len(hardware.nodes)
-    several = own.servers_per_gpu or 1
     here, reasons = hardware.gpus_per_node, []
     if here < max(len(node.gpus) for node in hardware.nodes):
         reasons.append(f"of each node {counted(here, 'GPU')} can be used: the smallest one has no more")
@@ -99,10 +98,10 @@ def place(recipe: Recipe, hardware: Hardware) -> Placement:
         here = 0
     if here == 0 or (own.trainer_gpus == 0 and not recipe.launches_server):
         return _on_cpus(recipe, hardware, here, reasons)
-    if several > 1 and not recipe.launches_server:
+    if recipe.servers_per_gpu > 1 and not recipe.launches_server:
         why = "the policy server runs already (vllm_server_base_url)"
         raise recipe.fault("servers_per_gpu", why, "leave it out, and name all servers in vllm_server_base_url")
-    if nodes > 1 and several > 1:
+    if nodes > 1 and recipe.servers_per_gpu > 1:
         why = "on several nodes all weights travel over NCCL, which cannot join two servers on one GPU"
         raise recipe.fault("servers_per_gpu", why, "1, or one node, which is enough for a model that gains by it")
     if own.cpu_processes != 1:
@@ -153,7 +152,7 @@ def _check_server_on_cpu(recipe: Recipe, hardware: Hardware) -> None:
     for key, asked in (
         ("server_gpus", own.server_gpus),
         ("trainer_gpus", own.trainer_gpus),
-        ("servers_per_gpu", (own.servers_per_gpu or 1) > 1),
+        ("servers_per_gpu", recipe.servers_per_gpu > 1),
     ):
         if asked:
             raise recipe.fault(key, "no GPU is here", f"leave {key} out: server and trainer then run on the CPU")
@@ -191,7 +190,7 @@ def _on_one_node(recipe: Recipe, here: int, reasons: list[str]) -> Placement:
     reasons += _generation_reasons(recipe, server, each)
     if server + trainer < here:
         reasons.append(f"{here - server - trainer} of {here} GPUs stay idle")
-    servers = _servers([0], range(here - server, here), each) * (own.servers_per_gpu or 1)
+    servers = _servers([0], range(here - server, here), each) * recipe.servers_per_gpu
     return Placement(servers, (Allocation(0, tuple(range(trainer))),), trainer, tuple(reasons))
 
 
@@ -204,7 +203,7 @@ def _on_one_gpu(recipe: Recipe, here: int, reasons: list[str]) -> Placement:
     if recipe["vllm_tensor_parallel_size"] > 1:
         why = f"server and trainer share one GPU ({asked})"
         raise recipe.fault("vllm_tensor_parallel_size", why, "use 1, or give server_gpus of their own")
-    several = own.servers_per_gpu or 1
+    several = recipe.servers_per_gpu
     reasons.append(f"{'server' if several == 1 else f'{several} servers'} and trainer share GPU 0: {asked}")
     if here > 1:
         reasons.append(f"{here - 1} of {here} GPUs stay idle")
@@ -293,7 +292,7 @@ def _servers(nodes: Iterable[int], gpus: range, each: int) -> tuple[Allocation, 
 
 
 def _generation_reasons(recipe: Recipe, server: int, each: int) -> list[str]:
-    several = recipe.own.servers_per_gpu or 1
+    several = recipe.servers_per_gpu
     if server and several > 1:
         return [f"{server * several} servers: {several} on each of {counted(server, 'GPU')}, servers_per_gpu says so"]
     if server > each:

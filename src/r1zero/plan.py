@@ -145,10 +145,10 @@ def make(recipe: Recipe, hardware: Hardware, run_folder: Path, project: Path, mo
     _check_lengths(recipe, model)
     batch.check_packing(recipe, model)
     server_plan.check_model(recipe, model)
-    placed = budget.with_engines(recipe, hardware, placed, steps, config, model)
-    route = budget.route(recipe, hardware, placed, steps, config, model)
+    case = budget.with_engines(budget.Case(recipe, hardware, placed, steps, config, model))
+    placed, route = case.placed, budget.route(case)
     publish = route.publish
-    gives = budget.of(recipe, hardware, placed, steps, config, model, route)
+    gives = budget.of(case, route)
     timeout, why_timeout = _collective_timeout(recipe, steps)
 
     recipe_file = run_folder / "recipe.yaml"

@@ -405,6 +405,11 @@ class Recipe:
         """Whether the policy server is ours to start."""
         return self.dedicated_server and self.running_server is None
 
+    @property
+    def servers_per_gpu(self) -> int:
+        """What is asked for; 1 where it is left open, of which the plan may make 2."""
+        return 1 if self.own.servers_per_gpu is None else self.own.servers_per_gpu
+
     def served_dtype(self, cpu: bool) -> str:
         """The type of the weights that the policy server computes with, as vLLM and torch name it."""
         if self["fp16"]:

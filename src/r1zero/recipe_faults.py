@@ -359,7 +359,7 @@ def _impossible_serving(recipe: Recipe) -> Iterable[Fault]:
         yield Fault(
             "vllm_tensor_parallel_size", recipe["vllm_tensor_parallel_size"], "must be at least 1", "1 is usual"
         )
-    several = 1 if own.servers_per_gpu is None else own.servers_per_gpu
+    several = recipe.servers_per_gpu
     if not 1 <= several <= MOST_SERVERS_PER_GPU:
         why = f"must be 1 to {MOST_SERVERS_PER_GPU}"
         remedy = "2 or more are for models of up to half a billion weights"
