@@ -283,6 +283,7 @@ def test_of_two_that_take_turns(keys: dict[str, Any], idle: tuple[float, ...], n
     [
         ({}, "1 -> 2"),
         ({"server_gpus": 0, "servers_per_gpu": 2}, "2 -> 4"),
+        ({"server_gpus": 0}, "2 -> 4"),  # two are what the plan gives so small a model on a shared GPU
         ({"servers_per_gpu": 4}, ""),
         ({"vllm_tensor_parallel_size": 2, "server_gpus": 2}, ""),
         ({"vllm_server_base_url": "http://a"}, ""),

@@ -18,7 +18,7 @@ from r1zero.training.probe import PolicyMismatch, Probe, trainer_logprobs
 from tests.training.conftest import one_process
 
 TOLERANCE = 0.1
-LENGTHS = (120, 130, 130, 132)  # of the sequences; one logprob less each
+LENGTHS = (121, 131, 131, 133)  # of the sequences; one logprob less each, of which the first is not judged
 DISTINCT = [list(range(place, place + length)) for place, length in enumerate(LENGTHS)]
 BF16, FP32 = 0.02, 2e-6  # rounding between two engines, nats
 
@@ -48,7 +48,7 @@ class TwoSides:
         self.served, self.server = self.policy, self.policy + self.rounding()
 
     def draw(self) -> torch.Tensor:
-        return torch.randn(sum(LENGTHS) - len(LENGTHS), generator=self.rng, dtype=torch.float64)
+        return torch.randn(sum(LENGTHS) - 2 * len(LENGTHS), generator=self.rng, dtype=torch.float64)
 
     def rounding(self) -> torch.Tensor:
         return self.each * self.draw() / 2**0.5
@@ -70,7 +70,8 @@ class TwoSides:
 
 
 def split(values: torch.Tensor) -> list[list[float]]:
-    return [each.tolist() for each in values.split([length - 1 for length in LENGTHS])]
+    """Of each sequence the logprobs: first the one that is not judged, then those of `values` that are its."""
+    return [[-1.0, *each.tolist()] for each in values.split([length - 2 for length in LENGTHS])]
 
 
 @pytest.fixture
@@ -133,26 +134,17 @@ def test_a_server_that_repeats_itself_is_stopped_at_the_first_publish_that_did_n
     assert [len(each) for each in evidence["anchor"]["server"]] == [length - 1 for length in LENGTHS]
 
 
-def test_a_server_that_jitters_is_stopped_mostly_before_the_tolerance(tmp_path: Path) -> None:
-    why = [_stopped_while_it_stays_behind(seed, tmp_path) for seed in range(20)]
-    assert len([each for each in why if "has not followed" in each]) >= 16, why
-    assert all("has not followed" in each or "nats on average" in each for each in why), why
-
-
-def _stopped_while_it_stays_behind(seed: int, tmp_path: Path) -> str:
-    probe = Probe(DISTINCT, TOLERANCE, tmp_path / "probe.json")
+@pytest.mark.parametrize("seed", range(10))
+def test_a_server_that_jitters_is_stopped_long_before_the_tolerance(seed: int, probe: Probe) -> None:
     sides = TwoSides(BF16, seed, repeats=False)
     sides.into(probe)
     moved = 0.0
-    try:
+    with pytest.raises(PolicyMismatch, match="has not followed"):
         for _ in range(400):
             sides.train(0.01)
             sides.publish(arrives=False)
             moved = sides.into(probe)["probe/moved"]
-    except PolicyMismatch as error:
-        assert 0.04 < moved < 0.16, "small steps must add up, and be told as soon as they stand out"
-        return str(error)
-    raise AssertionError(f"seed {seed}: never stopped, moved by {moved}")
+    assert 0.04 < moved < 0.16, "small steps must add up, and be told as soon as they stand out"
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -313,7 +305,7 @@ def test_a_beginning_that_sequences_share_counts_once(tmp_path: Path) -> None:
     assert probe.compare(0, trainer, [server])["probe/difference"] == pytest.approx(2 / counted)
 
 
-@pytest.mark.parametrize("sequences", [[], [[1, 2]]])
+@pytest.mark.parametrize("sequences", [[], [[1]], [[1, 2], [3, 4]]])
 def test_sequences_that_say_nothing_are_refused(sequences: list[list[int]], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least three tokens"):
+    with pytest.raises(ValueError, match="at least two tokens"):
         Probe(sequences, TOLERANCE, tmp_path / "probe.json")

@@ -50,9 +50,15 @@ class PolicyMismatch(Refusal):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What both sides said after one publish: float64, one value for each token, also for those that are left out."""
+    """What both sides said after one publish.
+
+    Attributes:
+        said: by "trainer" and "server".
+        trainer, server: float64, one value for each token that is judged.
+    """
 
     version: int
+    said: dict[str, Logprobs]
     trainer: torch.Tensor
     server: torch.Tensor
 
@@ -100,16 +106,18 @@ class Probe:
         sequences: those.
 
     Args:
-        sequences: token ids, at least three each; the same in every process and for the whole run.
+        sequences: token ids, at least two each and three in one; the same in every process and for the whole run.
         tolerance: of the mean absolute difference, nats: the recipe's probe_tolerance.
         evidence: the JSON file that keeps both sides' answers when they do not agree.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], tolerance: float, evidence: Path) -> None:
         self.sequences = [list(each) for each in sequences]
-        if not self.sequences or min(map(len, self.sequences)) < 3:
-            raise ValueError("the probe needs sequences of at least three tokens each")
-        self._counted = torch.tensor([flag for each in _counted(self.sequences) for flag in each])
+        if not self.sequences or min(map(len, self.sequences)) < 2:
+            raise ValueError("the probe needs sequences of at least two tokens each")
+        self._judged = torch.tensor([flag for each in _judged(self.sequences) for flag in each])
+        if not self._judged.any():
+            raise ValueError("the probe needs sequences of at least two tokens each, and one of three")
         self._tolerance, self._evidence = tolerance, evidence
         self._anchors: dict[int, _Seen] = {}  # by server
         self._last: dict[int, _Seen] = {}
@@ -149,26 +157,27 @@ class Probe:
         for index, answer in enumerate(servers):
             where = f"policy server {index + 1} of {len(servers)}" if len(servers) > 1 else "the policy server"
             self._require_shape(where, version, trainer, answer)
-            seen = _Seen(version, _flat(trainer), _flat(answer))
-            difference = (seen.server - seen.trainer)[self._counted].abs()
+            said = {"trainer": trainer, "server": answer}
+            seen = _Seen(version, said, *(_flat(each)[self._judged] for each in said.values()))
+            difference = (seen.server - seen.trainer).abs()
             mean = float(difference.mean())
             if not mean <= self._tolerance:  # also where it is not a number
                 why = (
                     f"its log-probabilities differ from the trainer's by {mean:.4g} nats on average and "
                     f"{float(difference.max()):.4g} at most, and probe_tolerance = {self._tolerance:g}"
                 )
-                self._stop(where, index, seen, trainer, answer, why)
+                self._stop(where, index, seen, why)
             of_server = {
                 "probe/difference": mean,
                 "probe/difference_max": float(difference.max()),
-                **self._followed(where, index, seen, trainer, answer),
+                **self._followed(where, index, seen),
             }
             for name, value in of_server.items():
                 worse = min if name == "probe/followed" else max
                 metrics[name] = worse(metrics.get(name, value), value)
         return metrics
 
-    def _followed(self, where: str, index: int, seen: _Seen, trainer: Logprobs, answer: Logprobs) -> dict[str, float]:
+    def _followed(self, where: str, index: int, seen: _Seen) -> dict[str, float]:
         """Compare with the anchor and with the publish before this one; move the anchor on where that was telling."""
         last, anchor = self._last.get(index), self._anchors.get(index)
         self._last[index] = seen
@@ -176,8 +185,7 @@ class Probe:
             self._anchors[index] = seen
             return {}
         for before in (last, anchor):
-            both = (before.trainer, before.server, seen.trainer, seen.server)
-            movement = moved(*(each[self._counted] for each in both))
+            movement = moved(before.trainer, before.server, seen.trainer, seen.server)
             if movement.stayed_behind:
                 same = "answers the same to the last bit" if movement.repeated else "has not followed"
                 why = (
@@ -185,7 +193,7 @@ class Probe:
                     f"since version {before.version}: it made {movement.share:.2f} +- {movement.error:.2f} of that "
                     f"change, with rounding of {movement.noise:.4g} nats. The publish of {seen.version} did not arrive"
                 )
-                self._stop(where, index, seen, trainer, answer, why)
+                self._stop(where, index, seen, why)
         if movement.followed:
             self._anchors[index] = seen
         told = {"probe/followed": movement.share} if movement.told else {}
@@ -199,16 +207,9 @@ class Probe:
                 f"the trainer has {expected}: it reads other tokens than it was sent"
             )
 
-    def _stop(self, where: str, index: int, seen: _Seen, trainer: Logprobs, answer: Logprobs, why: str) -> None:
+    def _stop(self, where: str, index: int, seen: _Seen, why: str) -> None:
         anchor = self._anchors.get(index)
-        sides: dict[str, Any] = {"trainer": trainer, "server": answer}
-        if anchor is not None:
-            lengths = [len(each) for each in trainer]
-            before = {side: getattr(anchor, side).split(lengths) for side in ("trainer", "server")}
-            sides["anchor"] = {
-                "version": anchor.version,
-                **{side: [each.tolist() for each in parts] for side, parts in before.items()},
-            }
+        before = {} if anchor is None else {"anchor": {"version": anchor.version, **anchor.said}}
         write_json(
             self._evidence,
             {
@@ -217,7 +218,8 @@ class Probe:
                 "why": why,
                 "probe_tolerance": self._tolerance,
                 "tokens": self.sequences,
-                **sides,
+                **seen.said,
+                **before,
             },
         )
         raise PolicyMismatch(
@@ -280,19 +282,19 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _counted(sequences: Sequence[Sequence[int]]) -> list[list[bool]]:
+def _judged(sequences: Sequence[Sequence[int]]) -> list[list[bool]]:
     """Of each sequence, of each token but the first: whether it is judged; the head of this file says which are not.
 
-    >>> _counted([[7, 8, 9], [7, 8, 5, 6]])
+    >>> _judged([[7, 8, 9], [7, 8, 5, 6]])
     [[False, True], [False, True, True]]
     """
     beginnings: set[tuple[int, ...]] = set()
-    judged = []
+    flags = []
     for sequence in sequences:
         until = [tuple(sequence[: length + 1]) for length in range(1, len(sequence))]
-        judged.append([length > 1 and each not in beginnings for length, each in enumerate(until, start=1)])
+        flags.append([length > 1 and each not in beginnings for length, each in enumerate(until, start=1)])
         beginnings.update(until)
-    return judged
+    return flags
 
 
 def _flat(logprobs: Logprobs) -> torch.Tensor:
