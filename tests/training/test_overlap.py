@@ -354,6 +354,7 @@ def test_several_windows_a_step(
     assert len({tuple(each["prompt"]) for each in asked[:10]}) == 10
 
 
+@pytest.mark.alone  # the idle shares are of steps of 0.4 s, and two trainers and two servers take all cores
 @pytest.mark.parametrize("way", ["ddp", pytest.param("zero2", marks=pytest.mark.soak), "zero3"])
 def test_several_processes_and_servers(
     way: str, server: Served, model: Path, recipe: Callable[..., Path], tmp_path: Path
